@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op. Installed as `bagssl_fast.kernels`; imports torch and triton only."""
