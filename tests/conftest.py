@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests: the real data of `BAGSSL_DATA`, and skips for what is not here."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real images that `BAGSSL_DATA` names; tests skip where it is absent."""
+    folder = os.environ.get("BAGSSL_DATA")
+    if not folder:
+        pytest.skip("BAGSSL_DATA is not set: no real images to test on")
+    path = Path(folder) if Path(folder).is_absolute() else ROOT / folder
+    if not path.is_dir():
+        pytest.skip(f"BAGSSL_DATA={folder} is not a folder")
+    return path.resolve()
+
+
+@pytest.fixture(scope="session")
+def cifar_tar(data_dir: Path) -> Path:
+    return data_dir / "cifar10-test.tar"
+
+
+@pytest.fixture(scope="session")
+def imagenet_tar(data_dir: Path) -> Path:
+    return data_dir / "imagenet-sample.tar"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
