@@ -1,0 +1,244 @@
+"""The configuration of a run: frozen dataclasses, a yaml recipe over their defaults, flags over both.
+
+`parse` reads a command line, `check` refuses what cannot work with a sentence that names the way
+out, `save`/`load` keep the resolved configuration in the run directory. Nothing here imports torch:
+`--help` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bagssl_fast.augment import Augment
+
+PACKAGE = Path(__file__).resolve().parent
+# A checkout keeps the recipes in configs/; an installed wheel carries them as bagssl_fast/recipes/.
+RECIPE_FOLDERS = (PACKAGE.parent / "configs", PACKAGE / "recipes")
+
+
+@dataclass(frozen=True)
+class BagConfig:
+    """How an image becomes a bag of patches.
+
+    Args:
+        patches: Crops per image and step: patches, each with its own augmentation, or whole views
+            where `dense` is set.
+        dense: Cut whole views and encode every patch of a view on a grid in one pass (an encoder
+            with a dense form: patchnet). A step then sees patches x grid positions slots.
+        stride: Pixels between neighbouring patches of a dense view.
+    """
+
+    patches: int = 20
+    dense: bool = False
+    stride: int = 4
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """The data path.
+
+    Args:
+        num_threads: Decoding threads; 0 shares the cores with torch (see `threads`).
+        batches_ahead: Batches prepared in advance.
+        on_error: What a broken image does: raise stops the run naming file and reason, skip takes
+            another image instead, counts it and lists it in skipped.txt.
+        dtype: Type of the pixels that the encoder gets: auto (bfloat16 under bf16 precision on
+            CUDA, else float32), float32, bfloat16 or float16.
+    """
+
+    num_threads: int = 0
+    batches_ahead: int = 2
+    on_error: Literal["raise", "skip"] = "raise"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The backbone that turns a patch into an embedding.
+
+    Args:
+        name: patchnet, patchmlp, resnet18, resnet50 or any timm model name.
+        patch_size: Side of the patch it takes, in pixels; 0 takes `augment.size`.
+        width: Channels of the first stage; 0 leaves the encoder's own default.
+        pretrained: Start from published weights (timm and torchvision models only).
+        options: Further keyword arguments of the encoder, e.g. --encoder.options.depth 4.
+    """
+
+    name: str = "patchnet"
+    patch_size: int = 0
+    width: int = 0
+    pretrained: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The projector, where the loss lives.
+
+    Args:
+        name: projector (VICReg's: Linear-BN-ReLU blocks, last Linear without bias), emp (EMP-SSL's
+            4096-wide pre_feature, which becomes the embedding, and a normalised projection) or none.
+        hidden: Width of the hidden layers.
+        out: Width of the projection.
+        num_layers: Number of Linear layers (projector only).
+        options: Further keyword arguments of the head.
+    """
+
+    name: Literal["projector", "emp", "none"] = "projector"
+    hidden: int = 2048
+    out: int = 2048
+    num_layers: int = 3
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective over the projections [P, B, D].
+
+    Args:
+        name: vicreg, emp_ssl (total coding rate), spectral, barlow_twins or info_nce.
+        options: Keyword arguments of the loss, e.g. --loss.options.sim_coeff 25.
+    """
+
+    name: str = "vicreg"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule; the schedule moves every step.
+
+    Args:
+        name: adamw, sgd, lars (as VICReg: eta 0.001, vectors free of decay and adaptation) or
+            sgd_lars (as EMP-SSL: SGD with nesterov momentum inside a clipped LARS of eta 0.005).
+        lr: Learning rate at its peak.
+        lr_batch: 0 takes `lr` as it is; n > 0 takes it as the rate for n images and multiplies it
+            by batch_size / n.
+        weight_decay: Weight decay (decoupled in adamw); vectors (biases, norms) get none.
+        momentum: Momentum of sgd, lars and sgd_lars.
+        eta: Trust coefficient of the two LARS; 0 takes each one's published value.
+        betas: Decay rates of adamw's moments.
+        schedule: cosine or constant, after the warmup.
+        warmup_epochs: Epochs of linear warmup, a fraction allowed.
+        final_lr: Where the cosine ends, as a fraction of the peak.
+        clip_grad: Largest norm of the gradient; 0 does not clip.
+    """
+
+    name: Literal["adamw", "sgd", "lars", "sgd_lars"] = "adamw"
+    lr: float = 1e-3
+    lr_batch: int = 0
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    eta: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    final_lr: float = 0.0
+    clip_grad: float = 0.0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `evaluate` measures, after training where `enabled` is set.
+
+    Args:
+        enabled: Evaluate at the end of training.
+        patches: Numbers of patches per bag, squares: each is a grid over the image.
+        random: Measure the same network at its random initialisation beside it.
+        projection: Measure the projection z too, not only the embedding h.
+        max_train_images: Training images the probes see; 0 takes all.
+        max_test_images: Test images; 0 takes all.
+        batch_size: Images per forward pass.
+        knn_k: Neighbours of the weighted kNN, clamped to the training images.
+        knn_t: Its temperature.
+        test_fraction: Fraction of the images kept for testing where there is no test set.
+    """
+
+    enabled: bool = False
+    patches: tuple[int, ...] = (1, 4, 16, 64, 256)
+    random: bool = True
+    projection: bool = True
+    max_train_images: int = 0
+    max_test_images: int = 0
+    batch_size: int = 250
+    knn_k: int = 20
+    knn_t: float = 0.07
+    test_fraction: float = 0.2
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a bag-of-patches model; `python -m bagssl_fast.train` alone runs the demo.
+
+    Args:
+        data: Training images: demo, a folder, a .tar (a list, glob or folder of them), .npy/.npz,
+            or a torchvision CIFAR/MNIST root.
+        test_data: Images for the evaluation; by default the `-test` sibling of a `-train` data
+            path, else a held-out part of `data`.
+        name: Name of the recipe, the first part of the run directory's name.
+        run_dir: Run directory; by default runs/<name>-<time>.
+        resume: auto goes on from the newest checkpoint of `run_dir` if there is one, never starts
+            afresh, a path names a checkpoint or a run directory.
+        overwrite: Delete what a non-empty `run_dir` holds.
+        epochs: Passes over the training images.
+        batch_size: Images per step, over all ranks together.
+        max_steps: Stop after so many steps (the schedule ends there too); 0 runs all epochs.
+        seed: Seed of the initial weights, of the order of the images and of every bag.
+        device: auto (CUDA where there is one), cpu or cuda.
+        precision: auto (bf16 on CUDA, fp32 on the CPU), fp32, bf16 or fp16.
+        channels_last: Keep convolution weights and patches channels-last.
+        compile: Compile the model with torch.compile.
+        threads: CPU threads of torch; 0 takes every core this process may use.
+        impl: Implementation of the ops: auto, reference, cpu or cuda.
+        sync_bn: Share batch-norm statistics between ranks.
+        ema: Decay of a moving average of the weights, which is then what is exported and
+            evaluated; 0 for none.
+        log_every: Steps between two lines of metrics.jsonl.
+        checkpoint_every: Epochs between two checkpoints, a fraction allowed; 0 only at the end.
+        keep_checkpoints: Checkpoints to keep, the newest ones.
+        tensorboard: Write TensorBoard events too (needs the extra `tensorboard`).
+        bag: How an image becomes a bag.
+        augment: The augmentation of a patch, or of a view where `bag.dense` is set.
+        augment_odd: The augmentation of every second slot, where it differs (VICReg's second view);
+            fields left out take the defaults, not those of `augment` (yaml's `<<: *anchor` helps).
+        loader: The data path.
+        encoder: The backbone.
+        head: The projector.
+        loss: The objective.
+        optim: Optimizer and schedule.
+        eval: The evaluation.
+    """
+
+    data: str = "demo"
+    test_data: str | None = None
+    name: str = "custom"
+    run_dir: str | None = None
+    resume: str = "never"
+    overwrite: bool = False
+    epochs: int = 10
+    batch_size: int = 128
+    max_steps: int = 0
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    threads: int = 0
+    impl: Literal["auto", "reference", "cpu", "cuda"] = "auto"
+    sync_bn: bool = False
+    ema: float = 0.0
+    log_every: int = 20
+    checkpoint_every: float = 1.0
+    keep_checkpoints: int = 2
+    tensorboard: bool = False
+    bag: BagConfig = field(default_factory=BagConfig)
+    augment: Augment = field(default_factory=Augment)
+    augment_odd: Augment | None = None
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
