@@ -1,0 +1,54 @@
+"""The peak memory of one call, measured in a fresh process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def peak_memory(build: Callable[..., Callable[[], Any]], *args: Any) -> float:
+    """MiB that a call needs at its peak above what was there before it, in a fresh process.
+
+    Args:
+        build: A top-level function of the bench; `build(*args)` sets up and returns the call.
+        *args: Whatever can be pickled.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_peak_memory_child, args=(sender, build, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"peak_memory: {build.__name__}{args} failed, see above") from None
+    finally:
+        process.join()
+
+
+def _peak_memory_child(sender: Any, build: Callable[..., Callable[[], Any]], args: tuple) -> None:
+    call = build(*args)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        sender.send((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def resident(key: str) -> float:
+        if not status.exists():  # not Linux: the peak since the process began, in bytes
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        lines = (line.split() for line in status.read_text().splitlines())
+        return next(int(words[1]) / 1024 for words in lines if words[0] == key)
+
+    if reset.exists():
+        reset.write_text("5")  # the peak (VmHWM) starts again from what is resident now
+    before = resident("VmRSS:")
+    call()
+    sender.send(resident("VmHWM:") - before)
