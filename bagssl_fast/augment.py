@@ -1,4 +1,4 @@
-"""The augmentation of one view: a plain record that the configuration, the loader and the ops share."""
+"""The augmentation of a view: a plain record that configuration, loader and ops share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Augment:
-    """How a patch (or a whole view) is cut and coloured; the words and the pixels are torchvision's.
+    """How a patch (or a whole view) is cut and coloured; words and pixels are torchvision's.
 
     The stages run in this order: crop and resize, flip, colour jitter, grayscale, blur, solarize,
     normalise. The defaults are EMP-SSL's for CIFAR-10 (Tong et al. 2023, its main.py).

@@ -1,21 +1,15 @@
-"""The configuration of a run: frozen dataclasses, a yaml recipe over their defaults, flags over both.
+"""The configuration of a run: frozen dataclasses whose defaults a recipe and the flags override.
 
-`parse` reads a command line, `check` refuses what cannot work with a sentence that names the way
-out, `save`/`load` keep the resolved configuration in the run directory. Nothing here imports torch:
-`--help` and a wrong flag answer at once.
+`check` refuses what cannot work with a sentence that names the way out; `bagssl_fast.cli` reads
+command lines and yaml. Neither imports torch: `--help` and a wrong flag answer at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from bagssl_fast.augment import Augment
-
-PACKAGE = Path(__file__).resolve().parent
-# A checkout keeps the recipes in configs/; an installed wheel carries them as bagssl_fast/recipes/.
-RECIPE_FOLDERS = (PACKAGE.parent / "configs", PACKAGE / "recipes")
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class HeadConfig:
 
     Args:
         name: projector (VICReg's: Linear-BN-ReLU blocks, last Linear without bias), emp (EMP-SSL's
-            4096-wide pre_feature, which becomes the embedding, and a normalised projection) or none.
+            pre_feature, which becomes the embedding, and a normalised projection) or none.
         hidden: Width of the hidden layers.
         out: Width of the projection.
         num_layers: Number of Linear layers (projector only).
@@ -177,7 +171,7 @@ class Config:
             or a torchvision CIFAR/MNIST root.
         test_data: Images for the evaluation; by default the `-test` sibling of a `-train` data
             path, else a held-out part of `data`.
-        name: Name of the recipe, the first part of the run directory's name.
+        name: First part of the run directory's name; by default the recipe's.
         run_dir: Run directory; by default runs/<name>-<time>.
         resume: auto goes on from the newest checkpoint of `run_dir` if there is one, never starts
             afresh, a path names a checkpoint or a run directory.
@@ -213,7 +207,7 @@ class Config:
 
     data: str = "demo"
     test_data: str | None = None
-    name: str = "custom"
+    name: str = ""
     run_dir: str | None = None
     resume: str = "never"
     overwrite: bool = False
@@ -242,3 +236,76 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def check(config: Config) -> None:
+    """Refuses a configuration that cannot train, before anything heavy starts.
+
+    Raises:
+        ValueError: Naming the option, what came, what is wanted and the way out.
+    """
+    c = config
+    _at_least("bag.patches", c.bag.patches, 1)
+    _at_least("bag.stride", c.bag.stride, 1)
+    _at_least("epochs", c.epochs, 1)
+    _at_least("augment.size", c.augment.size, 1)
+    _at_least("log_every", c.log_every, 1)
+    _at_least("keep_checkpoints", c.keep_checkpoints, 1)
+    _at_least("loader.batches_ahead", c.loader.batches_ahead, 1)
+    if c.batch_size < 2:
+        raise ValueError(
+            f"--batch_size {c.batch_size}: the losses compare images of one batch; "
+            "take 2 or more (100 and more is usual)"
+        )
+    slots = number_of_slots(c)
+    if slots < 2:
+        raise ValueError(
+            f"--bag.patches {c.bag.patches} gives {slots} slot per image, and {c.loss.name} pulls "
+            "the patches of one image together: take at least 2 (or --bag.dense true)"
+        )
+    if c.augment_odd is not None and c.augment_odd.size != c.augment.size:
+        raise ValueError(
+            f"--augment_odd.size {c.augment_odd.size} differs from --augment.size "
+            f"{c.augment.size}: all slots share one tensor, give both the same size"
+        )
+    if not 0.0 <= c.ema < 1.0:
+        raise ValueError(f"--ema {c.ema}: the decay lies in [0, 1), 0 for no average")
+    for count in c.eval.patches:
+        if count < 1 or round(count**0.5) ** 2 != count:
+            raise ValueError(
+                f"--eval.patches {count}: bags are n x n grids, take squares such as 1, 4, 16, 64"
+            )
+
+
+def patch_size(config: Config) -> int:
+    """Side of the patch that the encoder takes, in pixels."""
+    return config.encoder.patch_size or config.augment.size
+
+
+def number_of_slots(config: Config) -> int:
+    """Slots P that the loss sees: patches, or views x grid positions of a dense bag.
+
+    Raises:
+        ValueError: If no patch of the encoder's size fits, or sizes disagree.
+    """
+    view, patch = config.augment.size, patch_size(config)
+    if not config.bag.dense:
+        if patch != view:
+            raise ValueError(
+                f"--encoder.patch_size {patch} differs from --augment.size {view}: leave "
+                "encoder.patch_size at 0 to take the loader's patches as they come, or set "
+                "--bag.dense true to encode all patches of a larger view"
+            )
+        return config.bag.patches
+    if patch > view:
+        raise ValueError(
+            f"--encoder.patch_size {patch} is larger than the view, --augment.size {view}: "
+            "no patch fits; enlarge the view or shrink the patch"
+        )
+    per_side = (view - patch) // config.bag.stride + 1
+    return config.bag.patches * per_side * per_side
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"--{option} {value}: must be {least} or more")
