@@ -1,0 +1,107 @@
+"""Who this process is among those that `torchrun` started, and the few words they exchange."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process and its peers; the defaults are a run of one process.
+
+    Args:
+        rank: 0 .. world_size - 1.
+        world_size: Number of processes.
+        device: Device of this process.
+        group: The group of all processes, None when there is one.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    group: ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and speaks."""
+        return self.rank == 0
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """Each value averaged over the processes."""
+        return [v / self.world_size for v in self._reduce(values, dist.ReduceOp.SUM)]
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the processes."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def maximum(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over the processes."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.group is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=op, group=self.group)
+        return [float(v) for v in tensor.tolist()]
+
+    def from_main(self, text: str) -> str:
+        """What rank 0 says, on every rank."""
+        if self.group is None:
+            return text
+        box = [text]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+
+def pick_device(option: str, local_rank: int = 0) -> torch.device:
+    """The device that `--device auto|cpu|cuda` means for one process.
+
+    Raises:
+        ValueError: If cuda is asked for and there is none.
+    """
+    if option == "auto":
+        option = "cuda" if torch.cuda.is_available() else "cpu"
+    if option == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device; take --device cpu (or auto)")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"rank {local_rank} of this machine has no GPU of its own: "
+            f"{torch.cuda.device_count()} are visible; lower torchrun's --nproc_per_node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def start(device_option: str) -> Ranks:
+    """Joins the processes that torchrun started (gloo on the CPU, nccl on CUDA), if any.
+
+    Raises:
+        ValueError: If the device is not there.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = pick_device(device_option, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # torchrun sets all four; a lone RANK in the environment is some scheduler's and means nothing.
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return Ranks(device=device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    if dist.get_world_size() == 1:
+        return Ranks(device=device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+
+
+def stop() -> None:
+    """Leaves the group again."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
