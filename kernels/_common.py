@@ -1,0 +1,114 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""What every kernel file needs from its surroundings: guards, facts about the device, checks.
+
+A kernel file copied elsewhere takes this file and `_tuning.py` along; both import torch and triton
+only.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import triton
+
+# Read when triton is imported: with TRITON_INTERPRET=1 kernels run in Python on CPU tensors.
+INTERPRET: bool = bool(triton.knobs.runtime.interpret)
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_INTERPRETER_SMS = 2  # enough to make the split paths run, few enough to stay quick
+
+
+def device_guard(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Makes x's GPU the current one: Triton launches on the current device, not on the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@lru_cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; a stand-in where there is none to ask."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _INTERPRETER_SMS if device.type == "cpu" else 132
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` treats float32 operands: exact to rounding, on tensor cores where they can.
+
+    NVIDIA: three TF32 products give float32's accuracy at a third of TF32's rate. AMD's matrix
+    cores multiply float32 as it is. 16-bit operands ignore the setting.
+    """
+    if dtype != torch.float32:
+        return "tf32"
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def refuse(op: str, came: str, supported: str) -> ValueError:
+    """The one form of error for bad input: op, what came, what is supported, the way out."""
+    return ValueError(
+        f'{op}: got {came}; the Triton kernel supports {supported}. impl="reference" is the way '
+        "out for everything that torch itself can do."
+    )
+
+
+def check_tensors(op: str, dtypes: Sequence[torch.dtype] = FLOATS, **tensors: torch.Tensor) -> None:
+    """Checks dtype and device of named tensors, which must share one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise refuse(op, f"{name} of type {type(tensor).__name__}", "tensors")
+        if tensor.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise refuse(op, f"{name} of dtype {tensor.dtype}", names)
+        if tensor.device != first.device:
+            raise refuse(
+                op,
+                f"{first_name} on {first.device} and {name} on {tensor.device}",
+                "tensors on one device",
+            )
+        if INTERPRET and tensor.dtype == torch.bfloat16:
+            raise refuse(
+                op,
+                f"{name} of dtype bfloat16 under TRITON_INTERPRET=1, whose bfloat16 is wrong",
+                "float32 and float16 there",
+            )
+    if first.device.type != "cuda" and not (INTERPRET and first.device.type == "cpu"):
+        raise refuse(op, f"{first_name} on {first.device}", "CUDA and ROCm tensors")
+
+
+def check_rank(op: str, rank: int, shape: str, **tensors: torch.Tensor) -> None:
+    """Checks the number of dimensions of named tensors."""
+    for name, tensor in tensors.items():
+        if tensor.dim() != rank:
+            raise refuse(op, f"{name} of shape {list(tensor.shape)}", f"{name} {shape}")
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather along the batch axis; backward sums over ranks what they say of our rows."""
+
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group, ctx.rows = group, z.shape[1]
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, z.contiguous(), group=group)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        first = dist.get_rank(ctx.group) * ctx.rows
+        return grad[:, first : first + ctx.rows], None
+
+
+def gather_rows(z: torch.Tensor, group: Any) -> torch.Tensor:
+    """z [P, B, D] of every rank of `group`, joined to [P, W*B, D]; every rank must bring the same B.
+
+    With the averaging of gradients that DistributedDataParallel does, a loss of the result has the
+    gradient of the global batch.
+    """
+    gathered: torch.Tensor = _GatherRows.apply(z, group)
+    return gathered
