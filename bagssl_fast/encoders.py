@@ -1,0 +1,467 @@
+"""Backbones and heads: what turns patches into embeddings and embeddings into projections.
+
+A backbone maps normalised patches `[N, 3, h, w]` to embeddings `[N, F]` and knows its `patch_size`
+and `feature_dim`. PatchNet and PatchMLP are patch-local, hence they also encode every patch of a
+whole image in one pass, `dense(images, stride)`; ResNets and timm models see patches one by one.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagssl_fast import ops
+
+# Up to this patch size ResNets get the CIFAR stem (3x3, stride 1, no pooling).
+CIFAR_STEM_MAX = 64
+
+
+class LinearBNReLU(nn.Module):
+    """`relu(batch_norm(x W^T))` over the last dimension, all leading ones being the batch.
+
+    The linear layer has no bias: batch normalisation would subtract it again.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, in_dim: int, out_dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.gamma = nn.Parameter(torch.ones(out_dim))
+        self.beta = nn.Parameter(torch.zeros(out_dim))
+        self.register_buffer("running_mean", torch.zeros(out_dim))
+        self.register_buffer("running_var", torch.ones(out_dim))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., in_dim]` -> `[..., out_dim]`."""
+        return ops.linear_bn_relu(
+            x,
+            self.weight,
+            self.gamma,
+            self.beta,
+            self.running_mean,
+            self.running_var,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+# --- patch-local backbones ------------------------------------------------------------------------
+
+
+class PatchNet(nn.Module):
+    """A convolutional network whose receptive field is exactly the patch.
+
+    Valid convolutions shrink the patch (4x4, then 3x3, each with stride 2), pointwise blocks
+    `relu(bn(conv1x1))` do the arithmetic between them, and the embedding is the mean over what is
+    left of the patch, 3x3 for a patch of 16. Nothing is padded, so a patch is encoded alike
+    wherever it stands, and `dense` encodes all patches of an image in one pass that computes what
+    overlapping patches share once.
+
+    In eval mode `dense` equals patch by patch up to rounding. In training mode they differ in one
+    thing: the batch statistics count each map location once in `dense`, but once for every patch
+    that covers it patch by patch, which gives the middle of an image more weight than its rim.
+
+    Args:
+        patch_size: side of a patch in pixels, a multiple of 4, at least 8.
+        width: channels of the first stage; each further stage has twice as many.
+        depth: pointwise blocks in each stage.
+        feature_dim: embedding size F; `8 * width` if not given.
+        in_channels: channels of the images.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        width: int = 64,
+        depth: int | Sequence[int] = 1,
+        feature_dim: int | None = None,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if patch_size < 8 or patch_size % 4:
+            raise ValueError(
+                f"PatchNet: patch_size {patch_size} is not supported, wanted a multiple of 4 from "
+                "8 on; resize the patches to such a size, or use the encoder 'patchmlp'"
+            )
+        if width < 1:
+            raise ValueError(f"PatchNet: width {width} must be at least 1")
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.feature_dim = feature_dim or 8 * width
+
+        kernels = _halving_kernels(patch_size)
+        depths = [depth] * len(kernels) if isinstance(depth, int) else list(depth)
+        if len(depths) != len(kernels) or min(depths) < 0:
+            raise ValueError(
+                f"PatchNet: depth {depth} must be one number >= 0, or {len(kernels)} of them, one "
+                f"for each stage of a patch of {patch_size}"
+            )
+        layers: list[nn.Module] = []
+        channels, side = in_channels, patch_size
+        for i, (kernel, blocks) in enumerate(zip(kernels, depths, strict=True)):
+            layers += _conv_bn_relu(channels, width << i, kernel, stride=2)
+            channels, side = width << i, (side - kernel) // 2 + 1
+            for _ in range(blocks):
+                layers += _conv_bn_relu(channels, channels, 1)
+        layers += _conv_bn_relu(channels, self.feature_dim, 1)
+        self.layers = nn.Sequential(*layers)
+        self.stride = 2 ** len(kernels)  # pixels between neighbours on the last map
+        self.pool = side  # side of the patch's last map
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """patches `[N, C, h, w]` -> embeddings `[N, F]`; h and w must equal `patch_size`."""
+        _check_patches(self, patches)
+        return cast(Tensor, self.layers(patches)).mean((2, 3))
+
+    def dense(self, images: Tensor, stride: int | None = None) -> Tensor:
+        """Embeddings of all patches of whole images on a grid of the given stride.
+
+        The grid starts at the top left; with H positions as `range(0, H - patch_size + 1,
+        stride)`. Where the stride is no multiple of the network's own, convolutions are dilated
+        instead of strided, so that any grid, up to every position, is computed exactly.
+
+        Args:
+            images: `[N, C, H, W]`, normalised like patches.
+            stride: pixels between neighbouring patches; the network's own stride if not given.
+
+        Returns:
+            `[P, N, F]`, positions in row-major order.
+        """
+        stride = self.stride if stride is None else stride
+        _check_dense(self, images, stride)
+        step = 1  # the map's spacing in pixels were it strided as in `forward`
+        x = images
+        for layer in self.layers:
+            if not isinstance(layer, nn.Conv2d):
+                x = layer(x)
+                continue
+            have, want = math.gcd(step, stride), math.gcd(step * layer.stride[0], stride)
+            x = F.conv2d(x, layer.weight, layer.bias, want // have, 0, step // have)
+            step *= layer.stride[0]
+        have = math.gcd(step, stride)
+        x = _window_mean(x, self.pool, stride // have, step // have)
+        return x.permute(2, 3, 0, 1).reshape(-1, *x.shape[:2])
+
+
+class PatchMLP(nn.Module):
+    """A linear layer over the whole patch, ReLU, then `linear_bn_relu` blocks.
+
+    The first layer reads uint8 images in place when given positions (`ops.patch_embed`): patches
+    are never cut out. Small patches, 6 to 8 pixels, suit it.
+
+    Args:
+        patch_size: side of a patch in pixels.
+        width: hidden units of every layer but the last.
+        depth: hidden layers after the first.
+        feature_dim: embedding size F; `width` if not given.
+        in_channels: channels of the images.
+        mean, std: normalisation of uint8 input (per channel, of pixels in 0..1); float input comes
+            normalised already.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 8,
+        width: int = 512,
+        depth: int = 1,
+        feature_dim: int | None = None,
+        in_channels: int = 3,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:
+        super().__init__()
+        if patch_size < 1 or width < 1 or depth < 0:
+            raise ValueError(
+                f"PatchMLP: patch_size {patch_size} and width {width} must be at least 1, "
+                f"depth {depth} at least 0"
+            )
+        self.patch_size, self.in_channels = patch_size, in_channels
+        self.feature_dim = feature_dim or width
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.weight = nn.Parameter(torch.empty(width, in_channels, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+        dims = [width] * (depth + 1) + [self.feature_dim]
+        self.blocks = nn.Sequential(*(LinearBNReLU(i, o) for i, o in itertools.pairwise(dims)))
+
+    def forward(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Embeds patches, or the patches of uint8 images at given positions.
+
+        Args:
+            patches: normalised `[N, C, h, w]`; with `positions`, uint8 images `[B, H, W, C]`.
+            positions: (top, left) in pixels, int `[P, 2]`, or `[P, B, 2]` for positions of each
+                image.
+
+        Returns:
+            `[N, F]`; with positions `[P, B, F]`.
+        """
+        if positions is not None:
+            x = ops.patch_embed(
+                patches,
+                self.weight,
+                self.bias,
+                positions,
+                mean=self.mean,
+                std=self.std,
+                relu=True,
+            )
+            return cast(Tensor, self.blocks(x))
+        _check_patches(self, patches)
+        x = F.relu(F.linear(patches.flatten(1), self.weight.flatten(1), self.bias))
+        return cast(Tensor, self.blocks(x))
+
+    def dense(self, images: Tensor, stride: int | None = None) -> Tensor:
+        """As `PatchNet.dense`; the stride is half the patch's side if not given."""
+        stride = max(self.patch_size // 2, 1) if stride is None else stride
+        _check_dense(self, images, stride)
+        x = F.relu(F.conv2d(images, self.weight, self.bias, stride))
+        return cast(Tensor, self.blocks(x.permute(2, 3, 0, 1).flatten(0, 1)))
+
+
+def _halving_kernels(patch_size: int) -> list[int]:
+    """Kernels of the stride-2 convolutions: 4x4, then 3x3 while the map is odd and above 4."""
+    kernels, side = [4], patch_size // 2 - 1
+    while side > 4 and side % 2:
+        kernels.append(3)
+        side = (side - 1) // 2
+    return kernels
+
+
+def _conv_bn_relu(cin: int, cout: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(cin, cout, kernel, stride, bias=False)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return [conv, nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
+
+
+def _window_mean(x: Tensor, side: int, stride: int, dilation: int) -> Tensor:
+    """Means over windows of side x side entries of `[N, C, H, W]`, `dilation` entries apart."""
+    if dilation == 1:
+        return F.avg_pool2d(x, side, stride)
+    for dim in (2, 3):  # separable: a sum over rows, then over columns
+        count = (x.shape[dim] - (side - 1) * dilation - 1) // stride + 1
+        span = (count - 1) * stride + 1
+        parts = [x.narrow(dim, i * dilation, span) for i in range(side)]
+        if stride > 1:
+            parts = [p[:, :, ::stride] if dim == 2 else p[:, :, :, ::stride] for p in parts]
+        x = torch.stack(parts).sum(0) if len(parts) > 8 else sum(parts[1:], parts[0])
+    return x / side**2
+
+
+def _check_patches(net: PatchNet | PatchMLP, patches: Tensor) -> None:
+    want = (net.in_channels, net.patch_size, net.patch_size)
+    if patches.dim() != 4 or patches.shape[1:] != want or not patches.is_floating_point():
+        raise ValueError(
+            f"{type(net).__name__}: wanted normalised float patches [N, {want[0]}, {want[1]}, "
+            f"{want[2]}], got {patches.dtype} {list(patches.shape)}; build the encoder with the "
+            "patches' size, or call .dense(images, stride) to embed every patch of whole images"
+        )
+
+
+def _check_dense(net: PatchNet | PatchMLP, images: Tensor, stride: int) -> None:
+    name, size = type(net).__name__, net.patch_size
+    if images.dim() != 4 or images.shape[1] != net.in_channels or not images.is_floating_point():
+        raise ValueError(
+            f"{name}.dense: wanted normalised float images [N, {net.in_channels}, H, W], got "
+            f"{images.dtype} {list(images.shape)}"
+        )
+    if stride < 1:
+        raise ValueError(f"{name}.dense: stride {stride} must be at least 1 pixel")
+    if min(images.shape[2:]) < size:
+        raise ValueError(
+            f"{name}.dense: images of {images.shape[2]}x{images.shape[3]} are smaller than the "
+            f"patch of {size}x{size}; use larger views or a smaller patch_size"
+        )
+
+
+# --- ResNets and timm models ----------------------------------------------------------------------
+
+
+class ImageBackbone(nn.Module):
+    """Wraps a network `[N, 3, h, w] -> [N, F]` with the attributes a backbone has here."""
+
+    def __init__(self, net: nn.Module, patch_size: int, feature_dim: int) -> None:
+        super().__init__()
+        self.net, self.patch_size, self.feature_dim = net, patch_size, feature_dim
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """patches `[N, 3, h, w]` -> embeddings `[N, F]`."""
+        if patches.dim() != 4 or patches.shape[1] != 3:
+            raise ValueError(f"wanted patches [N, 3, h, w], got {list(patches.shape)}")
+        return cast(Tensor, self.net(patches))
+
+
+def build_encoder(
+    name: str,
+    patch_size: int = 16,
+    width: int | None = None,
+    pretrained: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Builds a backbone by name.
+
+    Args:
+        name: "patchnet", "patchmlp", "resnet18", "resnet50" (both torchvision's), or a timm name.
+        patch_size: side of the patches it will see, in pixels.
+        width: base width of PatchNet and PatchMLP; their default if not given.
+        pretrained: start from published weights (resnet50 and timm models; may download).
+        options: passed on to the constructor, such as PatchNet's `depth`.
+
+    Raises:
+        ValueError: for an unknown name, a missing package or settings that do not go together.
+    """
+    if patch_size < 1:
+        raise ValueError(f"build_encoder: patch_size {patch_size} must be at least 1 pixel")
+    if name in ("patchnet", "patchmlp"):
+        if pretrained:
+            raise ValueError(f"build_encoder: {name} has no published weights; pretrained=False")
+        if width is not None:
+            options["width"] = width
+        return (PatchNet if name == "patchnet" else PatchMLP)(patch_size, **options)
+    if width is not None:
+        raise ValueError(
+            f"build_encoder: width is for patchnet and patchmlp, {name!r} has fixed widths; "
+            "leave it out"
+        )
+    if name in ("resnet18", "resnet50"):
+        return _torchvision_resnet(name, patch_size, pretrained, options)
+    return _timm_model(name, patch_size, pretrained, options)
+
+
+def _torchvision_resnet(
+    name: str, patch_size: int, pretrained: bool, options: dict[str, Any]
+) -> ImageBackbone:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ValueError(
+            f"build_encoder: {name} comes from torchvision, which is not installed; "
+            "pip install torchvision, or use the encoder 'patchnet'"
+        ) from error
+    small = patch_size <= CIFAR_STEM_MAX
+    if small and pretrained:
+        raise ValueError(
+            f"build_encoder: {name} takes the CIFAR stem for patches up to {CIFAR_STEM_MAX} "
+            f"pixels, which published weights do not fit; pretrained=False or larger patches than "
+            f"{patch_size}"
+        )
+    net = getattr(models, name)(weights="DEFAULT" if pretrained else None, **options)
+    if small:
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    feature_dim = net.fc.in_features
+    net.fc = nn.Identity()
+    return ImageBackbone(net, patch_size, feature_dim)
+
+
+def _timm_model(
+    name: str, patch_size: int, pretrained: bool, options: dict[str, Any]
+) -> ImageBackbone:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(
+            f"build_encoder: {name!r} is none of patchnet, patchmlp, resnet18, resnet50; if it is "
+            "a timm model, pip install timm"
+        ) from error
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:5]
+        raise ValueError(
+            f"build_encoder: unknown encoder {name!r}; wanted patchnet, patchmlp, resnet18, "
+            "resnet50 or a name that timm.list_models() lists"
+            + (f", such as {', '.join(near)}" if near else "")
+        )
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:
+        options.setdefault("img_size", patch_size)
+    net = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    with torch.no_grad():  # the size of its output is the one thing timm names in several ways
+        feature_dim = net.eval()(torch.zeros(1, 3, patch_size, patch_size)).shape[-1]
+    return ImageBackbone(net.train(), patch_size, feature_dim)
+
+
+# --- heads ----------------------------------------------------------------------------------------
+
+
+class Projector(nn.Module):
+    """VICReg's expander: `num_layers - 1` times Linear-BN-ReLU, then one Linear.
+
+    Args:
+        in_dim: embedding size F.
+        hidden: units of the hidden layers.
+        out: projection size D; `hidden` if not given.
+        num_layers: linear layers in all, at least 1.
+        last_bias: whether the last layer has a bias (VICReg's has none).
+        normalize: L2-normalise the projections (as TCR wants them).
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden: int = 2048,
+        out: int | None = None,
+        num_layers: int = 3,
+        last_bias: bool = False,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1 or in_dim < 1 or hidden < 1 or (out is not None and out < 1):
+            raise ValueError(
+                f"Projector: in_dim {in_dim}, hidden {hidden}, out {out} and num_layers "
+                f"{num_layers} must all be at least 1"
+            )
+        self.embedding_dim = in_dim
+        self.out_dim = out or hidden
+        self.normalize = normalize
+        dims = [in_dim] + [hidden] * (num_layers - 1)
+        self.hidden = nn.Sequential(*(LinearBNReLU(i, o) for i, o in itertools.pairwise(dims)))
+        self.last = nn.Linear(dims[-1], self.out_dim, bias=last_bias)
+
+    def embed(self, h: Tensor) -> Tensor:
+        """The embedding that evaluation pools: the backbone's own output."""
+        return h
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h `[..., F]` -> z `[..., D]`."""
+        z = self.last(self.hidden(h))
+        return F.normalize(z, dim=-1) if self.normalize else z
+
+
+class EMPHead(nn.Module):
+    """EMP-SSL's head: `pre_feature` (Linear-BN-ReLU), then a projector with unit-length output.
+
+    The embedding for evaluation is the output of `pre_feature`, as in EMP-SSL's code.
+    """
+
+    def __init__(
+        self, in_dim: int, hidden: int = 4096, projector: int = 4096, out: int = 1024
+    ) -> None:
+        super().__init__()
+        if min(in_dim, hidden, projector, out) < 1:
+            raise ValueError(
+                f"EMPHead: in_dim {in_dim}, hidden {hidden}, projector {projector} and out {out} "
+                "must all be at least 1"
+            )
+        self.embedding_dim, self.out_dim = hidden, out
+        self.pre_feature = LinearBNReLU(in_dim, hidden)
+        self.projection = nn.Sequential(LinearBNReLU(hidden, projector), nn.Linear(projector, out))
+
+    def embed(self, h: Tensor) -> Tensor:
+        """The embedding that evaluation pools: backbone output `[..., F]` -> `[..., hidden]`."""
+        return cast(Tensor, self.pre_feature(h))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Embedding (the output of `embed`) `[..., hidden]` -> z `[..., D]` of unit length."""
+        return F.normalize(self.projection(h), dim=-1)

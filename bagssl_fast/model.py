@@ -1,0 +1,88 @@
+"""The model that is trained: a backbone, a head, and how a bag passes through them."""
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from bagssl_fast.encoders import EMPHead, PatchMLP, PatchNet, Projector
+
+
+class BagModel(nn.Module):
+    """Backbone and head over bags, slot-major.
+
+    Args:
+        backbone: maps `[N, C, h, w]` to `[N, F]`, see `encoders.build_encoder`.
+        head: `Projector` or `EMPHead`; maps embeddings to projections.
+        dense: whether training input is whole views, of which the backbone encodes every patch on
+            a grid in one pass, rather than patches.
+        stride: pixels between neighbouring patches of a dense bag; the backbone's own if None.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: Projector | EMPHead,
+        dense: bool = False,
+        stride: int | None = None,
+    ) -> None:
+        super().__init__()
+        if dense and not isinstance(backbone, PatchNet | PatchMLP):
+            raise ValueError(
+                f"BagModel: {type(backbone).__name__} has no dense form; use the encoder "
+                "'patchnet' or 'patchmlp', or dense=False"
+            )
+        if stride is not None and stride < 1:
+            raise ValueError(f"BagModel: stride {stride} must be at least 1 pixel")
+        self.backbone, self.head = backbone, head
+        self.dense, self.stride = dense, stride
+
+    @property
+    def embedding_dim(self) -> int:
+        """Size F of the embedding that evaluation pools."""
+        return self.head.embedding_dim
+
+    @property
+    def projection_dim(self) -> int:
+        """Size D of the projection."""
+        return self.head.out_dim
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Embeddings of single patches: `[N, C, h, w]` -> h `[N, F]`."""
+        return self.head.embed(self.backbone(x))
+
+    def embed_dense(self, images: Tensor, stride: int | None = None) -> Tensor:
+        """Embeddings of all patches of images: `[N, C, H, W]` -> h `[P, N, F]`, row-major."""
+        if not isinstance(self.backbone, PatchNet | PatchMLP):
+            raise ValueError(
+                f"BagModel: {type(self.backbone).__name__} has no dense form; cut patches and use "
+                "embed(patches)"
+            )
+        return self.head.embed(self.backbone.dense(images, stride or self.stride))
+
+    def project(self, h: Tensor) -> Tensor:
+        """Projections of embeddings: h `[..., F]` -> z `[..., D]`."""
+        return cast(Tensor, self.head(h))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes the bags of a batch.
+
+        Args:
+            x: patches `[P, B, C, h, w]`, or, if `dense`, whole views `[V, B, C, H, W]`.
+
+        Returns:
+            h `[P', B, F]` and z `[P', B, D]`; P' is P, or V times the positions of the dense grid
+            (all positions of view 0 first).
+        """
+        if x.dim() != 5:
+            raise ValueError(
+                f"BagModel: wanted bags [P, B, C, h, w] (or views [V, B, C, H, W] if dense), got "
+                f"{list(x.shape)}"
+            )
+        bags, batch = x.shape[:2]
+        flat = x.flatten(0, 1)
+        if self.dense:
+            h = self.embed_dense(flat).unflatten(1, (bags, batch))
+            h = h.transpose(0, 1).flatten(0, 1)
+        else:
+            h = self.embed(flat).unflatten(0, (bags, batch))
+        return h, self.project(h)
