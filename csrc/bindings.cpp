@@ -1,3 +1,10 @@
 #include <pybind11/pybind11.h>
 
-PYBIND11_MODULE(_C, m) { m.doc() = "The C++ data path of bagssl_fast."; }
+namespace bagssl {
+void register_views(pybind11::module_& m);  // bindings_views.cpp
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C++ data path of bagssl_fast.";
+  bagssl::register_views(m);
+}

@@ -28,8 +28,8 @@ struct ViewOptions {
   DType dtype = DType::kFloat32;
 };
 
-/// The odd number nearest to a tenth of the shorter side from above, at least 3 (SimCLR's rule):
-/// 3 for 32, 7 for 64, 23 for 224. 1 (no blur) where reflect padding has no room for 3.
+/// The blur kernel for a patch size: a tenth of the shorter side made odd, at least 3 (SimCLR's
+/// rule): 3 for 32, 7 for 64, 23 for 224. 1 (no blur) where reflect padding has no room for 3.
 int auto_blur_kernel(int out_h, int out_w);
 
 /// Throws std::invalid_argument naming what is wrong with the options.

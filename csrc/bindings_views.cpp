@@ -1,0 +1,249 @@
+// Drawing tables of view parameters and cutting patches, for numpy arrays.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "patch_views.h"
+#include "philox.h"
+#include "pixel_ops.h"
+#include "view_params.h"
+
+namespace py = pybind11;
+
+namespace bagssl {
+namespace {
+
+using Pair = std::array<double, 2>;
+using Triple = std::array<float, 3>;
+
+AugmentSpec make_spec(Pair scale, Pair ratio, double hflip, double brightness, double contrast,
+                      double saturation, double hue, double jitter_prob, double grayscale_prob,
+                      double blur_prob, Pair blur_sigma, double solarize_prob,
+                      double solarize_threshold) {
+  AugmentSpec spec;
+  for (int i = 0; i < 2; ++i) {
+    spec.scale[i] = scale[i];
+    spec.ratio[i] = ratio[i];
+    spec.blur_sigma[i] = blur_sigma[i];
+  }
+  spec.hflip = hflip;
+  spec.brightness = brightness;
+  spec.contrast = contrast;
+  spec.saturation = saturation;
+  spec.hue = hue;
+  spec.jitter_prob = jitter_prob;
+  spec.grayscale_prob = grayscale_prob;
+  spec.blur_prob = blur_prob;
+  spec.solarize_prob = solarize_prob;
+  spec.solarize_threshold = solarize_threshold;
+  check_spec(spec);
+  return spec;
+}
+
+ViewOptions make_options(std::array<int, 2> size, const std::string& interpolation, int blur_kernel,
+                         Triple mean, Triple std, const std::string& dtype) {
+  ViewOptions options;
+  options.out_h = size[0];
+  options.out_w = size[1];
+  options.blur_kernel = blur_kernel;
+  for (int c = 0; c < 3; ++c) {
+    options.mean[c] = mean[c];
+    options.std[c] = std[c];
+  }
+  if (interpolation == "bilinear") {
+    options.interp = Interpolation::kBilinear;
+  } else if (interpolation == "bicubic") {
+    options.interp = Interpolation::kBicubic;
+  } else {
+    throw std::invalid_argument("patch_views: interpolation is '" + interpolation +
+                                "'; wanted 'bilinear' or 'bicubic'");
+  }
+  if (dtype == "float32") {
+    options.dtype = DType::kFloat32;
+  } else if (dtype == "bfloat16") {
+    options.dtype = DType::kBfloat16;
+  } else if (dtype == "float16") {
+    options.dtype = DType::kFloat16;
+  } else if (dtype == "uint8") {
+    options.dtype = DType::kUint8;
+  } else {
+    throw std::invalid_argument("patch_views: dtype is '" + dtype +
+                                "'; wanted 'float32', 'bfloat16', 'float16' or 'uint8'");
+  }
+  check_options(options);
+  return options;
+}
+
+std::string shape_text(const py::array& array) {
+  std::string text = "[";
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
+    text += (i != 0 ? ", " : "") + std::to_string(array.shape(i));
+  }
+  return text + "]";
+}
+
+std::vector<AugmentSpec> slot_specs(const std::vector<AugmentSpec>& specs) {
+  if (specs.empty()) throw std::invalid_argument("draw_views: no AugmentSpec; wanted one or more");
+  return specs;
+}
+
+using Sizes = py::array_t<int64_t, py::array::c_style>;
+
+/// Fills a [patches, B, 16] table; make(p, b, height, width) gives one row.
+template <typename Make>
+py::array_t<float> fill_table(const char* what, const Sizes& sizes, int64_t patches, Make make) {
+  if (sizes.ndim() != 2 || sizes.shape(1) != 2 || patches < 0) {
+    throw std::invalid_argument(std::string(what) + ": sizes has shape " + shape_text(sizes) +
+                                " and patches is " + std::to_string(patches) +
+                                "; wanted int64 [B, 2] (height, width) and patches >= 0");
+  }
+  const int64_t batch = sizes.shape(0);
+  py::array_t<float> table({patches, batch, int64_t{kViewParams}});
+  auto* rows = reinterpret_cast<ViewParams*>(table.mutable_data());
+  const int64_t* size = sizes.data();
+  py::gil_scoped_release release;
+  for (int64_t p = 0; p < patches; ++p) {
+    for (int64_t b = 0; b < batch; ++b) {
+      rows[p * batch + b] = make(p, b, size[2 * b], size[2 * b + 1]);
+    }
+  }
+  return table;
+}
+
+py::array_t<float> draw_views(const std::vector<AugmentSpec>& specs, const Sizes& sizes,
+                              const py::array_t<int64_t, py::array::c_style>& images,
+                              int64_t patches, uint64_t seed, uint64_t epoch) {
+  slot_specs(specs);
+  if (images.ndim() != 1 || sizes.ndim() != 2 || images.shape(0) != sizes.shape(0)) {
+    throw std::invalid_argument("draw_views: images has shape " + shape_text(images) +
+                                " and sizes " + shape_text(sizes) + "; wanted [B] and [B, 2]");
+  }
+  const int64_t* image = images.data();
+  return fill_table("draw_views", sizes, patches, [&](int64_t p, int64_t b, int64_t h, int64_t w) {
+    const ViewKey key{seed, epoch, static_cast<uint64_t>(image[b]), static_cast<uint64_t>(p)};
+    return draw_view(specs[p % specs.size()], h, w, key);
+  });
+}
+
+py::array_t<float> grid_views(const AugmentSpec& spec, const Sizes& sizes, int64_t patches) {
+  return fill_table("grid_views", sizes, patches, [&](int64_t p, int64_t, int64_t h, int64_t w) {
+    return grid_view(spec, h, w, patches, p);
+  });
+}
+
+py::array_t<float> center_views(const Sizes& sizes) {
+  return fill_table("center_views", sizes, 1,
+                    [](int64_t, int64_t, int64_t h, int64_t w) { return center_view(h, w); });
+}
+
+ImageView image_view(const py::handle& item) {
+  if (!py::isinstance<py::array>(item)) {
+    throw std::invalid_argument("patch_views: an image is no numpy array");
+  }
+  const auto array = py::reinterpret_borrow<py::array>(item);
+  const bool packed = array.ndim() == 3 && array.shape(2) == 3 && array.strides(2) == 1 &&
+                      array.strides(1) == 3 && array.strides(0) >= 3 * array.shape(1);
+  if (!packed || !py::isinstance<py::array_t<uint8_t>>(array)) {
+    throw std::invalid_argument("patch_views: an image is " + std::string(py::str(array.dtype())) +
+                                " " + shape_text(array) +
+                                "; wanted uint8 [H, W, 3] with packed rows (make it contiguous)");
+  }
+  return {static_cast<const uint8_t*>(array.data()), array.shape(0), array.shape(1),
+          array.strides(0)};
+}
+
+py::array make_output(py::object out, const ViewOptions& options, int64_t patches, int64_t batch) {
+  const char* type = options.dtype == DType::kFloat32   ? "float32"
+                     : options.dtype == DType::kFloat16 ? "float16"
+                     : options.dtype == DType::kUint8   ? "uint8"
+                                                        : "uint16";
+  const std::vector<py::ssize_t> shape = {patches, batch, options.out_h, options.out_w, 3};
+  if (out.is_none()) return py::array(py::dtype(type), shape);
+  const auto array = py::cast<py::array>(out);
+  bool fits = array.ndim() == 5 && array.dtype().is(py::dtype(type)) && array.writeable() &&
+              (array.flags() & py::array::c_style) != 0;
+  for (int i = 0; fits && i < 5; ++i) fits = array.shape(i) == shape[i];
+  if (!fits) {
+    throw std::invalid_argument("patch_views: out is " + std::string(py::str(array.dtype())) + " " +
+                                shape_text(array) + "; wanted contiguous, writeable " + type + " " +
+                                shape_text(py::array(py::dtype(type), shape)));
+  }
+  return array;
+}
+
+py::array patch_views(const py::sequence& images,
+                      const py::array_t<float, py::array::c_style>& params, std::array<int, 2> size,
+                      const std::string& interpolation, int blur_kernel, Triple mean, Triple std,
+                      const std::string& dtype, const py::object& out) {
+  const ViewOptions options = make_options(size, interpolation, blur_kernel, mean, std, dtype);
+  const auto batch = static_cast<int64_t>(images.size());
+  if (params.ndim() != 3 || params.shape(1) != batch || params.shape(2) != kViewParams) {
+    throw std::invalid_argument("patch_views: params has shape " + shape_text(params) + " for " +
+                                std::to_string(batch) + " images; wanted [P, B, 16]");
+  }
+  const int64_t patches = params.shape(0);
+  std::vector<ImageView> views;
+  std::vector<py::object> keep;  // what indexing made lives until the pixels are read
+  for (const py::handle item : images) {
+    keep.push_back(py::reinterpret_borrow<py::object>(item));
+    views.push_back(image_view(item));
+  }
+  py::array result = make_output(out, options, patches, batch);
+  auto* bytes = static_cast<uint8_t*>(result.mutable_data());
+  const auto* rows = reinterpret_cast<const ViewParams*>(params.data());
+  {
+    py::gil_scoped_release release;
+    const int64_t patch_bytes =
+        int64_t{3} * options.out_h * options.out_w * dtype_size(options.dtype);
+    Scratch scratch;
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t p = 0; p < patches; ++p) {
+        const int64_t i = p * batch + b;
+        patch_view(views[b], rows[i], options, bytes + i * patch_bytes, scratch);
+      }
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+void register_views(py::module_& m) {
+  const Pair whole = {1.0, 1.0}, sigma = {0.1, 2.0};
+  py::class_<AugmentSpec>(m, "AugmentSpec",
+                          "The distribution views are drawn from; torchvision's names.")
+      .def(py::init(&make_spec), py::kw_only(), py::arg("scale") = whole, py::arg("ratio") = whole,
+           py::arg("hflip") = 0.0, py::arg("brightness") = 0.0, py::arg("contrast") = 0.0,
+           py::arg("saturation") = 0.0, py::arg("hue") = 0.0, py::arg("jitter_prob") = 0.0,
+           py::arg("grayscale_prob") = 0.0, py::arg("blur_prob") = 0.0,
+           py::arg("blur_sigma") = sigma, py::arg("solarize_prob") = 0.0,
+           py::arg("solarize_threshold") = 128.0);
+  m.def("draw_views", &draw_views, py::arg("specs"), py::arg("sizes"), py::arg("images"),
+        py::kw_only(), py::arg("patches"), py::arg("seed"), py::arg("epoch"),
+        "Random views: float32 [patches, B, 16]. specs: list of AugmentSpec, slot p uses "
+        "specs[p % len]; sizes: int64 [B, 2] (height, width); images: int64 [B], the indices in "
+        "the data set.");
+  m.def("grid_views", &grid_views, py::arg("spec"), py::arg("sizes"), py::kw_only(),
+        py::arg("patches"), "n * n boxes of the spec's mean scale: float32 [patches, B, 16].");
+  m.def("center_views", &center_views, py::arg("sizes"),
+        "The central square of each image: float32 [1, B, 16].");
+  m.def("patch_views", &patch_views, py::arg("images"), py::arg("params"), py::kw_only(),
+        py::arg("size"), py::arg("interpolation") = "bilinear", py::arg("blur_kernel") = 0,
+        py::arg("mean") = Triple{0, 0, 0}, py::arg("std") = Triple{1, 1, 1},
+        py::arg("dtype") = "float32", py::arg("out") = py::none(),
+        "uint8 images [H, W, 3] and a table [P, B, 16] -> patches [P, B, h, w, 3]; bfloat16 comes "
+        "as its bits in uint16.");
+  m.def("auto_blur_kernel", &auto_blur_kernel, py::arg("height"), py::arg("width"));
+  m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
+  m.def("pixel_ops_name", [] { return pixel_ops().name; }, "The instruction set in use.");
+  m.def("force_baseline_pixel_ops", &force_baseline_pixel_ops, py::arg("force"),
+        "For tests: use the loops every processor of this architecture can run.");
+}
+
+}  // namespace bagssl

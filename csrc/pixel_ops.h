@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cstdint>
+
+#include "resize_weights.h"
+
+namespace bagssl {
+
+/// Three colour planes of integer-valued floats in 0..255. `size` is a multiple of
+/// kPlanePadding: pixels past the picture's end are zero before the first op.
+struct Planes {
+  float* channel[3] = {nullptr, nullptr, nullptr};
+  int size = 0;
+};
+constexpr int kPlanePadding = 16;
+
+/// Bytes that may be read (not used) past the end of a row handed to resize_row.
+constexpr int kRowPadding = 16;
+
+/// The loops over pixels, once per instruction set. Both tables hold the same source compiled
+/// twice, without contraction of a*b+c, and give the same bits; std::fma is written out where
+/// torch uses one. All pictures between the passes of a resize are RGBX, four bytes a pixel.
+struct PixelOps {
+  const char* name;
+
+  /// One row of RGB (kRowPadding bytes readable past its end) -> `out` RGBX pixels,
+  /// mirrored if asked for.
+  void (*resize_row)(const uint8_t* row, const AxisWeights& weights, bool flip, uint8_t* out);
+  /// RGB -> RGBX without a change of width.
+  void (*copy_row)(const uint8_t* row, int width, bool flip, uint8_t* out);
+  /// Output row i of the vertical pass over rows of `bytes` bytes (a multiple of 4).
+  void (*resize_column)(const uint8_t* rows, int bytes, const AxisWeights& weights, int i,
+                        uint8_t* out);
+  /// RGBX -> planes, with zeros behind the last pixel.
+  void (*unpack)(const uint8_t* rgbx, int pixels, Planes planes);
+
+  // torchvision.transforms.v2.functional on uint8, in place.
+  void (*brightness)(Planes planes, float factor);
+  void (*contrast)(Planes planes, float factor, int pixels);
+  void (*saturation)(Planes planes, float factor);
+  void (*hue)(Planes planes, float shift);
+  void (*grayscale)(Planes planes);
+  void (*solarize)(Planes planes, float threshold);
+  /// Weighted sum over `kernel` rows -> one row of `width` values; rows[k] are row pointers.
+  void (*blur_column)(const float* const* rows, const float* weights, int kernel, int width,
+                      float* out);
+  /// The same along a row that was padded by kernel / 2 on either side; rounds half to even.
+  void (*blur_row)(const float* padded, const float* weights, int kernel, int width, float* out);
+
+  void (*store_uint8)(Planes planes, int pixels, uint8_t* out);
+  /// value * scale[c] + offset[c]
+  void (*store_float)(Planes planes, int pixels, const float* scale, const float* offset,
+                      float* out);
+  /// table[c][value]
+  void (*store_table)(Planes planes, int pixels, const uint16_t (*table)[256], uint16_t* out);
+};
+
+extern const PixelOps kBaselinePixelOps;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define BAGSSL_HAS_V3 1
+extern const PixelOps kV3PixelOps;  ///< x86-64-v3: AVX2, FMA
+#endif
+
+/// The table for this processor.
+const PixelOps& pixel_ops();
+
+/// Makes pixel_ops() give the baseline table (for tests; affects the whole process).
+void force_baseline_pixel_ops(bool force);
+
+}  // namespace bagssl
