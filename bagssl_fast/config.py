@@ -73,14 +73,14 @@ class HeadConfig:
 
     Args:
         name: projector (VICReg's: Linear-BN-ReLU blocks, last Linear without bias), emp (EMP-SSL's
-            pre_feature, which becomes the embedding, and a normalised projection) or none.
+            pre_feature, which becomes the embedding, and a normalised projection).
         hidden: Width of the hidden layers.
         out: Width of the projection.
         num_layers: Number of Linear layers (projector only).
-        options: Further keyword arguments of the head.
+        options: Further keyword arguments of the head, e.g. --head.options.normalize true.
     """
 
-    name: Literal["projector", "emp", "none"] = "projector"
+    name: Literal["projector", "emp"] = "projector"
     hidden: int = 2048
     out: int = 2048
     num_layers: int = 3

@@ -149,3 +149,32 @@ def learning_rate(
     progress = (step - warmup) / max(total_steps - warmup, 1)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
     return peak * (config.final_lr + (1.0 - config.final_lr) * cosine)
+
+
+class WeightAverage:
+    """A moving average of a model's weights; statistics and counters are the newest ones.
+
+    Args:
+        model: Whose weights; the average starts at them.
+        decay: Share of the old average that each update keeps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.learnt = {name for name, _ in model.named_parameters()}
+        self.weights = {name: v.detach().clone() for name, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Takes in the weights after one step."""
+        for name, value in model.state_dict().items():
+            if name in self.learnt:
+                self.weights[name].lerp_(value, 1.0 - self.decay)
+            else:
+                self.weights[name].copy_(value)
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Takes a saved average."""
+        for name, value in weights.items():
+            self.weights[name].copy_(value)

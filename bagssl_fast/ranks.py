@@ -1,15 +1,21 @@
-"""Who this process is among those that `torchrun` started, and the few words they exchange."""
+"""This process among those that `torchrun` started: who it is, what they exchange, signals."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     group: ProcessGroup | None = None
 
     @property
@@ -105,3 +111,28 @@ def stop() -> None:
     """Leaves the group again."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class StopSignals:
+    """SIGTERM, SIGINT, SIGUSR1 ask the loop to save and stop; a second SIGINT stops at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        with contextlib.suppress(ValueError):  # only the main thread may take signals
+            for number in self.SIGNALS:
+                self.previous[number] = signal.signal(number, self._take)
+        return self
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

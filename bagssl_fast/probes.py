@@ -1,0 +1,172 @@
+"""Label probes of frozen features: a weighted kNN and a linear classifier, both exact and quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Strengths of the L2 penalty that the held-out split chooses from, per image and on standardised
+# features.
+RIDGE_GRID = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+LOGISTIC_GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
+HELD_OUT = 0.1
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    chunk: int = 512,
+) -> float:
+    """Accuracy of the weighted nearest-neighbour vote of Wu et al. (2018).
+
+    Each of the k training images with the largest cosine votes for its class with exp(cosine /
+    temperature).
+
+    Args:
+        train: Features [N, F].
+        train_labels: int64 [N].
+        test: Features [M, F].
+        test_labels: int64 [M].
+        k: Neighbours, clamped to N.
+        temperature: Of the votes.
+        chunk: Test rows at a time; memory is chunk x N words.
+
+    Returns:
+        The fraction of test rows whose class wins the vote.
+    """
+    classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+    bank = F.normalize(train.float(), dim=1).T.contiguous()
+    k = min(k, bank.shape[1])
+    correct = 0
+    for rows, labels in zip(test.split(chunk), test_labels.split(chunk), strict=True):
+        cosine, index = (F.normalize(rows.float(), dim=1) @ bank).topk(k, dim=1)
+        votes = torch.zeros(len(rows), classes, device=rows.device)
+        # A common factor per row changes no winner and keeps exp in range.
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()
+        votes.scatter_add_(1, train_labels[index], weights)
+        correct += int((votes.argmax(dim=1) == labels).sum())
+    return correct / len(test)
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What `linear_probe` found.
+
+    Args:
+        accuracy: On the test rows, of the classifier fitted on all training rows.
+        held_out: On the training rows that chose the penalty.
+        penalty: The chosen one.
+    """
+
+    accuracy: float
+    held_out: float
+    penalty: float
+
+
+@torch.no_grad()
+def linear_probe(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    method: str = "ridge",
+    seed: int = 0,
+) -> LinearResult:
+    """Accuracy of a linear classifier on standardised features.
+
+    A tenth of the *training* rows chooses the penalty; the classifier is then fitted on all of
+    them, and the test rows are looked at once.
+
+    Args:
+        train: Features [N, F].
+        train_labels: int64 [N].
+        test: Features [M, F].
+        test_labels: int64 [M].
+        method: ridge (least squares on one-hot classes, in closed form) or logistic (multinomial,
+            L-BFGS).
+        seed: Of the split.
+
+    Raises:
+        ValueError: For an unknown method.
+    """
+    if method not in ("ridge", "logistic"):
+        raise ValueError(f"linear_probe: method {method!r}; supported: ridge, logistic")
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
+    std = torch.where(std > 1e-6 * std.max().clamp(min=1e-12), std, torch.inf)  # drops dead ones
+    train, test = (train - mean) / std, (test - mean) / std
+    classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    order = order.to(train.device)
+    held, kept = order.tensor_split([max(1, round(HELD_OUT * len(train)))])
+    if len(kept) == 0:
+        kept = held
+    x, y = train[kept], train_labels[kept]
+    grid = RIDGE_GRID if method == "ridge" else LOGISTIC_GRID
+    fit = _ridge_path if method == "ridge" else _logistic_path
+    scores = [
+        _accuracy(weights, train[held], train_labels[held]) for weights in fit(x, y, classes, grid)
+    ]
+    best = max(range(len(grid)), key=scores.__getitem__)
+    # The path up to the chosen penalty: logistic regression starts each from the one before.
+    path = grid[best : best + 1] if method == "ridge" else grid[: best + 1]
+    weights = fit(train, train_labels, classes, path)[-1]
+    return LinearResult(_accuracy(weights, test, test_labels), scores[best], grid[best])
+
+
+def _accuracy(weights: Tensor, x: Tensor, labels: Tensor) -> float:
+    """Of weights [F + 1, K], the last row being the bias."""
+    logits = x @ weights[:-1] + weights[-1]
+    return float((logits.argmax(dim=1) == labels).double().mean())
+
+
+def _ridge_path(x: Tensor, y: Tensor, classes: int, grid: tuple[float, ...]) -> list[Tensor]:
+    """Least squares on one-hot classes with an L2 penalty on all but the bias, per penalty."""
+    mean = x.mean(dim=0)
+    target = F.one_hot(y, classes).float()
+    prior = target.mean(dim=0)
+    # Moments of centred data: the bias then is the prior's, and is not penalised.
+    gram = (x.T @ x).double() / len(x) - torch.outer(mean, mean).double()
+    cross = (x.T @ target).double() / len(x) - torch.outer(mean, prior).double()
+    paths = []
+    for penalty in grid:
+        damped = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=x.device)
+        weights = torch.cholesky_solve(cross, torch.linalg.cholesky(damped)).float()
+        paths.append(torch.cat([weights, (prior - mean @ weights)[None]]))
+    return paths
+
+
+def _logistic_path(x: Tensor, y: Tensor, classes: int, grid: tuple[float, ...]) -> list[Tensor]:
+    """Multinomial logistic regression with an L2 penalty on all but the bias, per penalty."""
+    weights = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
+    path = []
+    for penalty in grid:
+        solver = torch.optim.LBFGS(
+            [weights],
+            max_iter=60,
+            history_size=10,
+            tolerance_change=1e-7,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure(solver: torch.optim.LBFGS = solver, penalty: float = penalty) -> Tensor:
+            solver.zero_grad()
+            with torch.enable_grad():
+                logits = x @ weights[:-1] + weights[-1]
+                loss = F.cross_entropy(logits, y) + penalty / 2 * weights[:-1].square().sum()
+                loss.backward()
+            return loss
+
+        solver.step(closure)  # type: ignore[arg-type]
+        path.append(weights.detach().clone())
+    return path

@@ -1,0 +1,226 @@
+"""Train a bag-of-patches model: `python -m bagssl_fast.train [--config RECIPE] [--data PATH] ...`.
+
+The loop is `train`; what it works on is a `Run`, made by `run.prepare`. Under torchrun every
+process runs the same, on its own share of each batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+if __name__ == "__main__" and "torch" not in sys.modules:
+    # Read once, when torch loads its OpenMP: threads that wait for work must not spin, since the
+    # loader's threads want the cores meanwhile.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch import Tensor, nn
+
+from bagssl_fast import checkpoint, cli, ranks
+from bagssl_fast.metrics import Reporter, collapse, memory_mb, say
+from bagssl_fast.optim import learning_rate
+from bagssl_fast.ranks import StopSignals
+from bagssl_fast.run import Run, prepare, save
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+def train(run: Run) -> bool:
+    """Trains to the end, or until a signal asks to stop.
+
+    Returns:
+        Whether the end was reached.
+
+    Raises:
+        Diverged: When the loss is not finite; the last good state is on disk.
+    """
+    config, device, optimizer = run.config, run.ranks.device, run.optimizer
+    # Looking at a number makes a GPU wait: there the loss is judged every few steps only.
+    check_every = 1 if device.type == "cpu" else min(config.log_every, 20)
+    save_every = math.ceil(config.checkpoint_every * run.steps_per_epoch)
+    reporter = Reporter(
+        run.run_dir if run.ranks.is_main else None, run.total_steps, run.step, config.tensorboard
+    )
+    meter = Meter(run)
+    run.forward.train()
+    with StopSignals() as stop, contextlib.closing(reporter):
+        for patches in bags(run):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(
+                    config.optim, run.step, run.total_steps, run.steps_per_epoch, config.batch_size
+                )
+            with torch.autocast(device.type, run.precision, run.precision != torch.float32):
+                h, z = run.forward(patches)
+            loss, terms = run.loss(z.float())
+            meter.add(loss, patches, h)
+            if run.step % check_every == 0:
+                meter.raise_if_broken(terms, good=check_every == 1)
+
+            optimizer.zero_grad(set_to_none=True)
+            run.scaler.scale(loss).backward()
+            if config.optim.clip_grad > 0:
+                run.scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_grad)
+            run.scaler.step(optimizer)
+            run.scaler.update()
+            if run.average is not None:
+                run.average.update(run.model)
+            run.step += 1
+
+            last = run.step == run.total_steps
+            if run.step % config.log_every == 0 or last:
+                reporter.report(run.step, meter.record(terms, h, z))
+            reporter.advance()
+            due = last or (save_every > 0 and run.step % save_every == 0)
+            asked = run.step % check_every == 0 and run.ranks.maximum([stop.received])[0] > 0
+            if due or asked:
+                meter.raise_if_broken(terms, good=False)
+                save(run)
+            if last or asked:
+                return last
+    return True
+
+
+def bags(run: Run) -> Iterator[Tensor]:
+    """The patches of each remaining step [P, B, C, h, w], on the device.
+
+    On a GPU the next batch travels while this one is computed; the loader may then reuse its
+    memory, since the copy has ended by the time the batch after it is taken.
+    """
+    device = run.ranks.device
+    first, offset = divmod(run.step, run.steps_per_epoch)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ready: tuple[Tensor, torch.cuda.Event] | None = None
+    left = run.total_steps - run.step
+    for epoch in range(first, run.config.epochs):
+        run.loader.load_state_dict({"epoch": epoch, "step": offset if epoch == first else 0})
+        for batch in run.loader:
+            if left == 0:
+                break
+            left -= 1
+            if stream is None:
+                yield batch.patches
+                continue
+            with torch.cuda.stream(stream):
+                patches = batch.patches.to(device, non_blocking=True)
+                copied = stream.record_event()
+            if ready is not None:
+                yield _arrive(*ready)
+            copied.synchronize()
+            ready = patches, copied
+    if ready is not None:
+        yield _arrive(*ready)
+
+
+def _arrive(patches: Tensor, copied: torch.cuda.Event) -> Tensor:
+    """Orders the current stream behind a copy, and keeps the memory until this stream is done."""
+    current = torch.cuda.current_stream(patches.device)
+    current.wait_event(copied)
+    patches.record_stream(current)
+    return patches
+
+
+class Meter:
+    """Counts what passed between two reports, and watches the loss."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.finite = torch.ones((), dtype=torch.bool, device=run.ranks.device)
+        self._restart()
+
+    def _restart(self) -> None:
+        self.loss = torch.zeros((), device=self.run.ranks.device)
+        self.steps = self.images = self.patches = 0
+        self.time, self.wait = time.monotonic(), self.run.loader.data_wait
+
+    def add(self, loss: Tensor, patches: Tensor, h: Tensor) -> None:
+        """Takes in one step, before its update."""
+        self.finite &= torch.isfinite(loss.detach())
+        self.loss += loss.detach()
+        self.steps += 1
+        self.images += patches.shape[1]
+        self.patches += h.shape[0] * h.shape[1]
+
+    def record(self, terms: dict[str, Tensor], h: Tensor, z: Tensor) -> dict[str, float]:
+        """The numbers since the last call: means over the ranks, sums for the rates."""
+        run = self.run
+        seconds = max(time.monotonic() - self.time, 1e-9)
+        waited = (run.loader.data_wait - self.wait) / seconds
+        of_h, of_z = collapse(h[0].detach()), collapse(z[0].detach())
+        means = {
+            "loss": self.loss.item() / max(self.steps, 1),
+            **{f"term/{name}": float(value) for name, value in terms.items()},
+            "data_wait": waited,
+            **{f"{key}_h": value for key, value in of_h.items()},
+            **{f"{key}_z": value for key, value in of_z.items()},
+        }
+        sums = [self.images / seconds, self.patches / seconds]
+        means = dict(zip(means, run.ranks.mean(list(means.values())), strict=True))
+        images_per_s, patches_per_s = run.ranks.total(sums)
+        self._restart()
+        return means | {
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "epoch": run.step / run.steps_per_epoch,
+            "images_per_s": images_per_s,
+            "patches_per_s": patches_per_s,
+            "memory_mb": run.ranks.maximum([memory_mb(run.ranks.device)])[0],
+        }
+
+    def raise_if_broken(self, terms: dict[str, Tensor], good: bool) -> None:
+        """Stops the run if a loss was not finite on any rank.
+
+        Args:
+            terms: Of the step at hand, to name the culprit.
+            good: Whether the weights are still those before the bad step: they are saved then.
+        """
+        run = self.run
+        if run.ranks.maximum([float(not self.finite.item())])[0] == 0:
+            return
+        bad = [f"{k} = {float(v)}" for k, v in terms.items() if not math.isfinite(float(v))]
+        if good:
+            save(run)
+        kept = checkpoint.latest(run.run_dir)
+        raise Diverged(
+            f"step {run.step + 1}: the loss is not finite ({', '.join(bad) or 'its sum'}); "
+            f"last good state: {kept or 'none was saved yet'}. A lower --optim.lr, a longer "
+            "--optim.warmup_epochs, --optim.clip_grad 1 or --precision fp32 usually help"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Returns 0 for a finished or asked-to-stop run, 1 diverged, 2 wrong usage."""
+    config = cli.parse(sys.argv[1:] if argv is None else argv)
+    try:
+        me = ranks.start(config.device)
+        run = prepare(config, me)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        ranks.stop()
+        return 2
+    try:
+        finished = train(run)
+    except Diverged as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    finally:
+        run.loader.close()
+        ranks.stop()
+    if me.is_main:
+        state = "finished" if finished else "stopped on request; --resume auto goes on"
+        say(f"{state}: {run.run_dir}, step {run.step} of {run.total_steps}")
+    if finished and config.eval.enabled and me.is_main:
+        from bagssl_fast.evaluate import evaluate
+
+        evaluate(run.run_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
