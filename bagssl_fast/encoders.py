@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from bagssl_fast import ops
 
@@ -28,6 +29,7 @@ class LinearBNReLU(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    group: ProcessGroup | None = None  # ranks that share the batch statistics
 
     def __init__(self, in_dim: int, out_dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
@@ -51,6 +53,7 @@ class LinearBNReLU(nn.Module):
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:

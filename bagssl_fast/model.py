@@ -2,9 +2,11 @@
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
-from bagssl_fast.encoders import EMPHead, PatchMLP, PatchNet, Projector
+from bagssl_fast.config import Config, patch_size
+from bagssl_fast.encoders import EMPHead, PatchMLP, PatchNet, Projector, build_encoder
 
 
 class BagModel(nn.Module):
@@ -86,3 +88,40 @@ class BagModel(nn.Module):
         else:
             h = self.embed(flat).unflatten(0, (bags, batch))
         return h, self.project(h)
+
+
+def build_model(config: Config, pretrained: bool | None = None) -> BagModel:
+    """The model of a configuration, its weights drawn from `config.seed` alone.
+
+    Args:
+        config: A run's configuration.
+        pretrained: Overrides `config.encoder.pretrained`.
+
+    Raises:
+        ValueError: For an unknown name, a missing package or settings that do not go together.
+    """
+    torch.manual_seed(config.seed)
+    encoder, head = config.encoder, config.head
+    try:
+        backbone = build_encoder(
+            encoder.name,
+            patch_size(config),
+            encoder.width or None,
+            encoder.pretrained if pretrained is None else pretrained,
+            **encoder.options,
+        )
+    except TypeError as error:
+        raise ValueError(f"--encoder.options {encoder.options}: {error}") from error
+    dim = cast(int, backbone.feature_dim)
+    heads: dict[str, type[Projector] | type[EMPHead]] = {"projector": Projector, "emp": EMPHead}
+    options = dict(head.options)
+    if head.name == "projector":
+        options["num_layers"] = head.num_layers
+    else:
+        options.setdefault("projector", head.hidden)
+    try:
+        module = heads[head.name](dim, hidden=head.hidden, out=head.out, **options)
+    except TypeError as error:
+        raise ValueError(f"--head.options {head.options}: {error}") from error
+    stride = config.bag.stride if config.bag.dense else None
+    return BagModel(backbone, module, config.bag.dense, stride)

@@ -167,6 +167,6 @@ def _logistic_path(x: Tensor, y: Tensor, classes: int, grid: tuple[float, ...]) 
                 loss.backward()
             return loss
 
-        solver.step(closure)  # type: ignore[arg-type]
+        solver.step(closure)
         path.append(weights.detach().clone())
     return path

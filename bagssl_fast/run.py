@@ -72,7 +72,7 @@ def prepare(config: Config, me: Ranks) -> Run:
 
     model = build_model(config).to(me.device)
     if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     if config.sync_bn and me.group is not None:
         share_batch_norm(model, me.group)
     loss = build_loss(config.loss.name, group=me.group, **config.loss.options).to(me.device)

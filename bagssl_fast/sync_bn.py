@@ -67,7 +67,7 @@ def share_batch_norm(module: nn.Module, group: ProcessGroup) -> nn.Module:
         else:
             share_batch_norm(child, group)
     if hasattr(module, "group"):
-        module.group = group
+        setattr(module, "group", group)  # noqa: B010
     return module
 
 
