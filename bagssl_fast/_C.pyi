@@ -1,0 +1,77 @@
+"""The C++ data path of bagssl_fast."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+HAS_JPEG: bool
+HELD_BATCHES: int
+
+_Decoder = Callable[[memoryview, int], NDArray[np.uint8]] | None
+
+def available_cpus() -> int: ...
+def index_tar(path: bytes) -> dict[str, Any]: ...
+def decode_many(
+    files: Sequence[bytes], threads: int, decoder: _Decoder, max_pixels: int
+) -> int: ...
+def decode(
+    file: bytes,
+    decoder: _Decoder,
+    max_pixels: int,
+    box: tuple[int, int, int, int] | None = None,
+    denominator: int = 1,
+) -> NDArray[np.uint8]: ...
+
+class Source:
+    def __len__(self) -> int: ...
+    def read(self, index: int) -> bytes | NDArray[np.uint8]: ...
+    def decode(self, index: int, decoder: _Decoder, max_pixels: int) -> NDArray[np.uint8]: ...
+
+class ShardSource(Source):
+    def __init__(
+        self,
+        paths: Sequence[bytes],
+        shard: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+    ) -> None: ...
+
+class FileSource(Source):
+    def __init__(self, paths: Sequence[bytes]) -> None: ...
+
+class ArraySource(Source):
+    def __init__(self, images: NDArray[np.uint8]) -> None: ...
+
+class Loader:
+    def __init__(
+        self,
+        *,
+        source: Source,
+        augments: Sequence[Any],
+        patches: int,
+        sampler: str,
+        dtype: str,
+        seed: int,
+        threads: int,
+        batches_ahead: int,
+        skip_bad: bool,
+        dct_scaling: bool,
+        max_pixels: int,
+        slots: Sequence[int],
+        subset: NDArray[np.int64],
+        decoder: _Decoder,
+        owner: object,
+    ) -> None: ...
+    def start(
+        self,
+        epoch: int,
+        rows: NDArray[np.int64],
+        batch_ends: NDArray[np.int64],
+        first_batch: int,
+    ) -> None: ...
+    def next(self) -> tuple[int, NDArray[np.int64], int, str] | None: ...
+    def stop(self) -> None: ...
+    @property
+    def skipped(self) -> list[tuple[int, str]]: ...

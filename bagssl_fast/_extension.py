@@ -1,0 +1,13 @@
+"""The compiled part, `bagssl_fast._C`, or one sentence on how to get it."""
+
+from __future__ import annotations
+
+try:
+    from bagssl_fast import _C
+except ImportError as error:
+    raise ImportError(
+        f"bagssl_fast's C++ extension cannot be loaded ({error}): build it with a C++17 compiler "
+        "by `pip install -e .` in the root of the repository."
+    ) from None
+
+__all__ = ["_C"]

@@ -1,0 +1,158 @@
+"""Arrays of pixels: in memory, `.npy` and `.npz`, torchvision's CIFAR and MNIST on disk."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bagssl_fast._extension import _C
+from bagssl_fast.data.source import NumberedNames, Source, fingerprint
+
+
+def from_memory(data: Any, labels: Any = None, stem: str = "array") -> Source:
+    """A source over a uint8 array or CPU tensor [N, H, W, 3 or 1] (or [N, H, W]), not copied."""
+    return make_source(np.asarray(data), None if labels is None else np.asarray(labels), None, stem)
+
+
+def make_source(
+    images: NDArray[Any], labels: NDArray[Any] | None, classes: list[str] | None, stem: str
+) -> Source:
+    """Checks shapes and types and wraps them."""
+    if images.dtype != np.uint8:
+        raise ValueError(
+            f"{stem}: images of type {images.dtype}; uint8 values 0 to 255 are wanted (convert "
+            "them, for example by (x * 255).astype('uint8'))"
+        )
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[3] not in (1, 3):
+        hint = (
+            "; this looks like [N, C, H, W]: transpose it by .transpose(0, 2, 3, 1)"
+            if images.ndim == 4 and images.shape[1] in (1, 3)
+            else ""
+        )
+        raise ValueError(
+            f"{stem}: images of shape {list(images.shape)}; [N, H, W, 3] or [N, H, W, 1] is "
+            f"wanted{hint}"
+        )
+    if len(images) == 0:
+        raise ValueError(f"{stem}: an array of no images")
+    images = np.ascontiguousarray(images)
+    if labels is not None:
+        labels = labels.reshape(-1).astype(np.int64)
+        if len(labels) != len(images):
+            raise ValueError(f"{stem}: {len(labels)} labels for {len(images)} images")
+        if labels.min() < 0:
+            raise ValueError(f"{stem}: label {labels.min()}; classes count from 0")
+        if classes is None:
+            classes = [str(i) for i in range(int(labels.max()) + 1)]
+    # A look at 256 images is enough to tell data sets apart.
+    probe = images[:: max(1, len(images) // 256)][:256]
+    shape = np.array(images.shape, np.int64)
+    mark = fingerprint(shape, probe, labels if labels is not None else b"")
+    return Source(_C.ArraySource(images), NumberedNames(stem), labels, classes, mark)
+
+
+def open_numpy(path: Path) -> Source:
+    """`.npy` (mapped, not loaded) or `.npz` with `images` and, where there are any, `labels`."""
+    try:
+        if path.suffix == ".npy":
+            return make_source(np.load(path, mmap_mode="r"), None, None, str(path))
+        with np.load(path, allow_pickle=False) as arrays:
+            if "images" not in arrays:
+                raise ValueError(f"no array 'images' in it, only {sorted(arrays)}")
+            labels = arrays["labels"] if "labels" in arrays else None
+            classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
+            return make_source(arrays["images"], labels, classes, str(path))
+    except (ValueError, OSError, EOFError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+
+
+def open_torchvision(root: Path, split: str) -> Source | None:
+    """torchvision's CIFAR-10, CIFAR-100 or MNIST as it lies on disk; None if it is none of them."""
+    for folder in (root, root / "cifar-10-batches-py"):
+        if (folder / "data_batch_1").is_file():
+            batches = [f"data_batch_{i}" for i in range(1, 6)]
+            files = batches if split == "train" else ["test_batch"]
+            return _open_cifar(folder, files, "labels", "batches.meta", "label_names")
+    for folder in (root, root / "cifar-100-python"):
+        if (folder / "train").is_file() and (folder / "meta").is_file():
+            return _open_cifar(folder, [split], "fine_labels", "meta", "fine_label_names")
+    for folder in (root, root / "raw", root / "MNIST" / "raw"):
+        prefix = "train" if split == "train" else "t10k"
+        images = _find_idx(folder, f"{prefix}-images-idx3-ubyte")
+        if images is not None:
+            labels = _find_idx(folder, f"{prefix}-labels-idx1-ubyte")
+            if labels is None:
+                raise ValueError(f"{images}: its file of labels is missing")
+            return make_source(_read_idx(images), _read_idx(labels), None, str(images))
+    return None
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds arrays and plain containers, and refuses everything else that a pickle could run."""
+
+    _ALLOWED = frozenset(
+        {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("_codecs", "encode"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            loaded = _ArrayUnpickler(file, encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not a CIFAR batch ({error})") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: not a CIFAR batch (a {type(loaded).__name__})")
+    return loaded
+
+
+def _open_cifar(
+    folder: Path, files: list[str], label_key: str, meta: str, class_key: str
+) -> Source:
+    batches = [_read_pickle(folder / name) for name in files]
+    pixels = np.concatenate([batch["data"] for batch in batches])
+    labels = np.concatenate([np.asarray(batch[label_key]) for batch in batches])
+    images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    classes = None
+    if (folder / meta).is_file():
+        classes = [str(name) for name in _read_pickle(folder / meta)[class_key]]
+    return make_source(images, labels, classes, str(folder))
+
+
+def _find_idx(folder: Path, name: str) -> Path | None:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_idx(path: Path) -> NDArray[np.uint8]:
+    """MNIST's format: two zero bytes, type 8 (uint8), rank, the sizes as big-endian int32, data."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path}: not an idx file of uint8 values")
+    rank = raw[3]
+    shape = np.frombuffer(raw, ">i4", rank, 4).astype(np.int64)
+    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
+    if len(values) != shape.prod():
+        raise ValueError(f"{path}: {len(values)} values where {shape.prod()} belong: truncated?")
+    return values.reshape(shape)

@@ -1,0 +1,88 @@
+"""Image files that the C++ core does not decode itself: other formats than JPEG, by Pillow."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from bagssl_fast._extension import _C
+
+# Pillow's own limit, above which it takes a file for a decompression bomb.
+MAX_PIXELS = 178_956_970
+
+_JPEG_START = b"\xff\xd8\xff"
+_EXIF = b"Exif\x00\x00"
+
+
+class ImageError(ValueError):
+    """An image that cannot be decoded.
+
+    Attributes:
+        name: The file or member.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f'{name}: {reason} (on_error="skip" replaces such images)')
+        self.name = name
+        self.reason = reason
+
+
+def decode_image(data: memoryview | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decodes one file to upright RGB, uint8 [H, W, 3]; called from the loader's threads.
+
+    Raises:
+        ValueError: With the reason; the caller knows the file's name.
+    """
+    if not _C.HAS_JPEG and bytes(data[:3]) == _JPEG_START:
+        image = _decode_plain_jpeg(data, max_pixels)
+        if image is not None:
+            return image
+    return _decode_with_pillow(data, max_pixels)
+
+
+def _decode_plain_jpeg(data: memoryview | bytes, max_pixels: int) -> NDArray[np.uint8] | None:
+    """By simplejpeg, or None for what Pillow has to do: turned images, inks, damaged headers."""
+    if _EXIF in bytes(data[:65536]):
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colorspace not in ("YCbCr", "Gray", "RGB"):
+        return None
+    _check_size(width, height, max_pixels)
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False)
+    except ValueError:
+        return None
+
+
+def _decode_with_pillow(data: memoryview | bytes, max_pixels: int) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(image.width, image.height, max_pixels)
+            upright = ImageOps.exif_transpose(image)
+            return _to_rgb(upright)
+    except UnidentifiedImageError:
+        raise ValueError("not an image in any format that Pillow reads") from None
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # Pillow would clip 16-bit grey at 255.
+        grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        return np.ascontiguousarray(np.repeat(grey[:, :, None], 3, axis=2))
+    return np.array(image.convert("RGB"))
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ValueError(
+            f"an image of {width} x {height} pixels is over the limit of {max_pixels} pixels "
+            "(raise max_pixels)"
+        )

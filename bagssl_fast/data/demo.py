@@ -1,0 +1,72 @@
+"""The built-in demo set: tiles of the photographs inside scikit-image's wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from bagssl_fast.data.arrays import make_source
+from bagssl_fast.data.source import Source
+
+PHOTOGRAPHS = (
+    "astronaut.png brick.png camera.png cell.png chelsea.png coffee.png coins.png grass.png "
+    "gravel.png hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png page.png retina.jpg "
+    "rocket.jpg"
+).split()
+TILE = 48
+TRAIN_TILES, TEST_TILES = 240, 60  # per photograph
+
+# Photographs are cut into blocks; every fourth is for testing, and no tile crosses a block's edge.
+_BLOCK = 96
+
+
+def open_demo(split: str) -> Source:
+    """Tiles of one photograph make a class; training and test tiles have no pixel in common."""
+    folder = _photograph_folder()
+    count = TRAIN_TILES if split == "train" else TEST_TILES
+    tiles = []
+    for number, name in enumerate(PHOTOGRAPHS):
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: this scikit-image has no such photograph; another version by "
+                'pip install -U "bagssl_fast[demo]" has'
+            )
+        photograph = np.asarray(Image.open(path).convert("RGB"))
+        tiles.append(_cut_tiles(photograph, count, number, is_test=split == "test"))
+    labels = np.repeat(np.arange(len(PHOTOGRAPHS)), count)
+    classes = [name.rsplit(".", 1)[0] for name in PHOTOGRAPHS]
+    return make_source(np.concatenate(tiles), labels, classes, f"demo:{split}")
+
+
+def _photograph_folder() -> Path:
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            "the demo set is made of scikit-image's photographs: "
+            'pip install "bagssl_fast[demo]", or give a data set of your own'
+        )
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def _cut_tiles(
+    photograph: NDArray[np.uint8], count: int, number: int, is_test: bool
+) -> NDArray[np.uint8]:
+    """`count` tiles [count, TILE, TILE, 3] at fixed, scattered places of the split's blocks."""
+    rows, columns = photograph.shape[0] // _BLOCK, photograph.shape[1] // _BLOCK
+    blocks = [
+        (y, x) for y in range(rows) for x in range(columns) if ((x + 2 * y) % 4 == 1) == is_test
+    ]
+    # Raw bits of a counter-based generator: the same places with every version of numpy.
+    bits = np.random.Philox(key=[number, int(is_test)]).random_raw(2 * count)
+    shifts = (bits % np.uint64(_BLOCK - TILE + 1)).astype(np.int64).reshape(count, 2)
+    tiles = np.empty((count, TILE, TILE, 3), np.uint8)
+    for i, (dy, dx) in enumerate(shifts):
+        y, x = blocks[i % len(blocks)]
+        top, left = y * _BLOCK + dy, x * _BLOCK + dx
+        tiles[i] = photograph[top : top + TILE, left : left + TILE]
+    return tiles

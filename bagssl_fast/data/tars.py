@@ -1,0 +1,230 @@
+"""Tar shards: indexed once, then mapped and read in random access."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bagssl_fast._extension import _C
+from bagssl_fast.data.source import (
+    NameTable,
+    Source,
+    check_labels,
+    fingerprint,
+    is_image_name,
+    label_by_text,
+)
+
+_FORMAT = 1  # of a cached index; a new number leaves old files aside
+_CLASS_SUFFIX = b".cls"
+
+
+@dataclass
+class ShardIndex:
+    """The images of one tar.
+
+    Attributes:
+        names: Their members' names.
+        offsets: Where their contents begin, int64 [N].
+        sizes: And how many bytes they have, int64 [N].
+        labels: Index into `classes`, -1 for none, int64 [N].
+        classes: Class names; the text of `.cls` members, else the members' folders.
+        numbered: Whether the classes come from `.cls` members and are all whole numbers.
+    """
+
+    names: NameTable
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    classes: list[str]
+    numbered: bool
+
+
+class ShardNames:
+    """Names over several shards, as `shard/member`."""
+
+    def __init__(self, paths: Sequence[Path], tables: Sequence[NameTable]) -> None:
+        self.paths, self.tables = paths, tables
+        self.ends = np.cumsum([len(table) for table in tables])
+
+    def __getitem__(self, index: int) -> str:
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        begin = int(self.ends[shard - 1]) if shard else 0
+        return f"{self.paths[shard]}/{self.tables[shard][index - begin]}"
+
+
+class _Subset:
+    """Names of some of the images."""
+
+    def __init__(self, names: ShardNames, kept: NDArray[np.int64]) -> None:
+        self.names, self.kept = names, kept
+
+    def __getitem__(self, index: int) -> str:
+        return self.names[int(self.kept[index])]
+
+
+def open_tars(paths: Sequence[Path], on_error: str) -> Source:
+    """Opens tar shards as one source, in the order given."""
+    if not paths:
+        raise ValueError("an empty list of tar files: name at least one")
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no such file")
+    indices = [_indexed(path, on_error) for path in paths]
+    counts = [len(index.names) for index in indices]
+    if sum(counts) == 0:
+        raise ValueError(f"{paths[0]}: no image files in it")
+
+    labels, classes = _merge_classes(indices)
+    names = ShardNames(paths, [index.names for index in indices])
+    kept = check_labels(labels, names, on_error)
+    shard = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
+    offsets = np.concatenate([index.offsets for index in indices])
+    sizes = np.concatenate([index.sizes for index in indices])
+    native = _C.ShardSource(
+        [os.fsencode(path) for path in paths], shard[kept], offsets[kept], sizes[kept]
+    )
+    parts = [part for index in indices for part in (index.names.blob, index.sizes)]
+    mark = fingerprint(*parts, kept if len(kept) < len(labels) else b"")
+    all_kept = len(kept) == len(labels)
+    return Source(
+        native,
+        names if all_kept else _Subset(names, kept),
+        labels[kept] if classes else None,
+        classes or None,
+        mark,
+    )
+
+
+def _merge_classes(indices: Sequence[ShardIndex]) -> tuple[NDArray[np.int64], list[str]]:
+    """Labels over all shards. Numbers in `.cls` members are labels as they stand."""
+    texts = sorted({name for index in indices for name in index.classes})
+    if texts and all(index.numbered or not index.classes for index in indices):
+        texts = [str(i) for i in range(max(map(int, texts)) + 1)]
+        number = {text: int(text) for index in indices for text in index.classes}
+    else:
+        number = {text: i for i, text in enumerate(texts)}
+    merged = []
+    for index in indices:
+        # One more entry, which label -1 picks.
+        table = np.array([*(number[name] for name in index.classes), -1], np.int64)
+        merged.append(table[index.labels])
+    return np.concatenate(merged), texts
+
+
+def _indexed(path: Path, on_error: str) -> ShardIndex:
+    """The index of a tar from the user's cache, or made and cached."""
+    cached = _cache_file(path)
+    index = _load(cached)
+    if index is not None:
+        return index
+    try:
+        raw = _C.index_tar(os.fsencode(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if raw["damage"]:
+        if on_error == "raise" or len(raw["sizes"]) == 0:
+            raise ValueError(
+                f"{path}: {raw['damage']}. Make it again, or take the members before the damage "
+                'by on_error="skip"'
+            )
+        warnings.warn(
+            f"{path}: {raw['damage']}; {len(raw['sizes'])} members before it are used",
+            stacklevel=2,
+        )
+    index = _select_images(path, NameTable(raw["names"], raw["name_ends"]), raw)
+    if not raw["damage"]:
+        _save(cached, index)
+    return index
+
+
+def _select_images(path: Path, members: NameTable, raw: dict[str, NDArray[np.int64]]) -> ShardIndex:
+    """The images among the members, with their classes in either layout."""
+    names = [members.raw(i) for i in range(len(members))]
+    images = [i for i, name in enumerate(names) if is_image_name(name)]
+    class_members = {
+        name[: -len(_CLASS_SUFFIX)]: i
+        for i, name in enumerate(names)
+        if name.endswith(_CLASS_SUFFIX)
+    }
+    texts: list[bytes | None]
+    if class_members:
+        contents = np.memmap(path, np.uint8, "r")
+        texts = []
+        for i in images:
+            folder, base = os.path.split(names[i])
+            member = class_members.get(os.path.join(folder, base.split(b".")[0]))
+            texts.append(None if member is None else _contents(contents, raw, member).strip())
+    else:
+        folders = [os.path.dirname(names[i]) for i in images]
+        texts = [os.path.basename(folder).strip(b".") or None for folder in folders]
+    labels, classes = label_by_text(texts)
+    return ShardIndex(
+        names=NameTable.of([names[i] for i in images]),
+        offsets=raw["offsets"][images],
+        sizes=raw["sizes"][images],
+        labels=labels,
+        classes=classes,
+        numbered=bool(class_members) and all(text.isdecimal() for text in classes),
+    )
+
+
+def _contents(file: NDArray[np.uint8], raw: dict[str, NDArray[np.int64]], member: int) -> bytes:
+    begin = int(raw["offsets"][member])
+    return file[begin : begin + int(raw["sizes"][member])].tobytes()
+
+
+def _cache_file(path: Path) -> Path:
+    """Where a tar's index is kept; another size or time of change is another file."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    info = path.stat()
+    key = f"{_FORMAT}:{path.resolve()}:{info.st_size}:{info.st_mtime_ns}"
+    name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
+    return Path(base) / "bagssl_fast" / "tar-index" / f"{name}.npz"
+
+
+def _load(file: Path) -> ShardIndex | None:
+    """A cached index; None where there is none that can be read."""
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            meta = json.loads(saved["meta"].tobytes())
+            return ShardIndex(
+                names=NameTable(saved["names"].tobytes(), saved["name_ends"]),
+                offsets=saved["offsets"],
+                sizes=saved["sizes"],
+                labels=saved["labels"],
+                classes=meta["classes"],
+                numbered=meta["numbered"],
+            )
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+def _save(file: Path, index: ShardIndex) -> None:
+    """Caches an index; a place that cannot be written to only costs the next opening its time."""
+    meta = json.dumps({"classes": index.classes, "numbered": index.numbered}).encode()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        with os.fdopen(handle, "wb") as out:
+            np.savez(
+                out,
+                names=np.frombuffer(index.names.blob, np.uint8),
+                name_ends=index.names.ends,
+                offsets=index.offsets,
+                sizes=index.sizes,
+                labels=index.labels,
+                meta=np.frombuffer(meta, np.uint8),
+            )
+        os.replace(temporary, file)
+    except OSError:
+        pass

@@ -1,0 +1,26 @@
+#pragma once
+
+#include <cstdint>
+
+#include "patch_views.h"
+
+namespace bagssl {
+
+struct ImageSize {
+  int64_t height = 0, width = 0;
+};
+
+/// A rectangle of an image, in pixels.
+struct Box {
+  int64_t top = 0, left = 0, height = 0, width = 0;
+};
+
+/// A part of an image in memory. `top` and `left` say where in the whole image it begins. All are
+/// in pixels of the decoded image, which is 1/`denominator` of the file's.
+struct Region {
+  ImageView view;
+  int64_t top = 0, left = 0;
+  int denominator = 1;
+};
+
+}  // namespace bagssl

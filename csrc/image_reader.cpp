@@ -1,0 +1,81 @@
+#include "image_reader.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "jpeg.h"
+
+namespace bagssl {
+
+struct ImageReader::Jpeg {
+#ifdef BAGSSL_WITH_JPEG
+  JpegDecoder decoder;
+#endif
+};
+
+ImageReader::ImageReader(FallbackDecoder fallback, int64_t max_pixels)
+    : fallback_(std::move(fallback)), max_pixels_(max_pixels), jpeg_(std::make_unique<Jpeg>()) {}
+ImageReader::~ImageReader() = default;
+ImageReader::ImageReader(ImageReader&&) noexcept = default;
+
+void ImageReader::check_size(ImageSize size) const {
+  if (size.height < 1 || size.width < 1) throw std::runtime_error("an image without pixels");
+  if (size.height > max_pixels_ / size.width) {
+    throw std::runtime_error("an image of " + std::to_string(size.width) + " x " +
+                             std::to_string(size.height) + " pixels is over the limit of " +
+                             std::to_string(max_pixels_) + " pixels (raise max_pixels)");
+  }
+}
+
+ImageSize ImageReader::open(const Item& item) {
+  item_ = item;
+  is_native_jpeg_ = false;
+  if (item.is_pixels()) {
+    size_ = {item.height, item.width};
+    return size_;
+  }
+  if (item.size == 0) throw std::runtime_error("the file is empty (0 bytes)");
+#ifdef BAGSSL_WITH_JPEG
+  if (looks_like_jpeg(item.data, item.size)) {
+    is_native_jpeg_ = true;
+    size_ = jpeg_->decoder.open(item.data, item.size);
+    check_size(size_);
+    return size_;
+  }
+#endif
+  if (!fallback_) throw std::runtime_error("not a JPEG, and there is no decoder for other formats");
+  decoded_ = fallback_(item.data, item.size, max_pixels_);
+  size_ = {decoded_.height, decoded_.width};
+  check_size(size_);
+  return size_;
+}
+
+Region ImageReader::decode() { return decode({0, 0, size_.height, size_.width}); }
+
+Region ImageReader::decode(const Box& box, int denominator) {
+  if (box.top < 0 || box.left < 0 || box.height < 1 || box.width < 1 ||
+      box.height > size_.height - box.top || box.width > size_.width - box.left) {
+    throw std::invalid_argument("a box that does not lie within the image");
+  }
+#ifdef BAGSSL_WITH_JPEG
+  if (is_native_jpeg_) return jpeg_->decoder.decode(box, denominator);
+#else
+  static_cast<void>(denominator);
+#endif
+  Region region;
+  if (!item_.is_pixels()) {
+    region.view = {decoded_.pixels.data(), size_.height, size_.width, size_.width * 3};
+  } else if (item_.channels == 3) {
+    region.view = {item_.data, size_.height, size_.width, size_.width * 3};
+  } else {
+    grey_as_rgb_.resize(static_cast<size_t>(size_.height * size_.width * 3));
+    for (int64_t i = 0; i < size_.height * size_.width; ++i) {
+      uint8_t* rgb = grey_as_rgb_.data() + 3 * i;
+      rgb[0] = rgb[1] = rgb[2] = item_.data[i];
+    }
+    region.view = {grey_as_rgb_.data(), size_.height, size_.width, size_.width * 3};
+  }
+  return region;
+}
+
+}  // namespace bagssl

@@ -1,0 +1,59 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "image.h"
+#include "source.h"
+
+namespace bagssl {
+
+/// Pixels [height, width, 3] that somebody else decoded.
+struct DecodedImage {
+  std::vector<uint8_t> pixels;
+  int64_t height = 0, width = 0;
+};
+
+/// Decodes a whole file that this library does not decode itself. It must refuse images of more
+/// than `max_pixels` before it allocates them, turn them upright, and throw std::runtime_error with
+/// the reason where it fails. Called from many threads at once.
+using FallbackDecoder =
+    std::function<DecodedImage(const uint8_t* data, size_t size, int64_t max_pixels)>;
+
+/// Turns stored images into RGB pixels, one at a time: first its size, from which the views are
+/// drawn, then the part that they need. One per thread; its buffers are kept from image to image.
+class ImageReader {
+ public:
+  /// Images of more than `max_pixels` are refused.
+  ImageReader(FallbackDecoder fallback, int64_t max_pixels);
+  ~ImageReader();
+  ImageReader(ImageReader&&) noexcept;
+
+  /// Opens an item, whose bytes must stay in place until `decode` has returned. Returns the size of
+  /// the upright image. Throws std::runtime_error with the reason where it cannot be decoded.
+  ImageSize open(const Item& item);
+
+  /// The part of the opened image that `box` covers, or more of it. To be called once per `open`.
+  /// `denominator` (1, 2, 4, 8) allows an image scaled down by that much, where the format can.
+  Region decode(const Box& box, int denominator = 1);
+
+  /// The whole opened image.
+  Region decode();
+
+ private:
+  void check_size(ImageSize size) const;
+
+  struct Jpeg;
+  FallbackDecoder fallback_;
+  int64_t max_pixels_;
+  std::unique_ptr<Jpeg> jpeg_;
+  Item item_;
+  ImageSize size_;
+  bool is_native_jpeg_ = false;
+  DecodedImage decoded_;
+  std::vector<uint8_t> grey_as_rgb_;
+};
+
+}  // namespace bagssl

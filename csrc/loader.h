@@ -1,0 +1,117 @@
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "image_reader.h"
+#include "patch_views.h"
+#include "source.h"
+#include "view_params.h"
+
+namespace bagssl {
+
+enum class Sampler { kRandom, kGrid, kCenter };
+
+/// Batches that stay as they are after they were taken: the latest and the one before it, so that a
+/// copy to a device may still be under way when the next batch is asked for.
+constexpr int kHeldBatches = 2;
+
+struct LoaderOptions {
+  int64_t patches = 1;  // P
+  Sampler sampler = Sampler::kRandom;
+  std::vector<AugmentSpec> augments;  // slot p is drawn from augments[p % augments.size()]
+  std::vector<ViewOptions> views;     // and made with its views[...]; one size and type for all
+  uint64_t seed = 0;
+  int threads = 1;
+  int batches_ahead = 2;
+  bool skip_bad = false;     // replace images that cannot be decoded
+  bool dct_scaling = false;  // decode at 1/2, 1/4, 1/8 where patches need no more
+  int64_t max_pixels = 0;    // larger images are refused
+};
+
+/// What an epoch is made of, decided by the caller: the same for every number of threads.
+struct EpochPlan {
+  uint64_t epoch = 0;
+  std::vector<int64_t> rows;        // data-set indices in the order they are served
+  std::vector<int64_t> batch_ends;  // batch b is rows[batch_ends[b - 1], batch_ends[b])
+};
+
+struct BadImage {
+  int64_t index = -1;
+  std::string reason;
+};
+
+/// A batch in its slot, laid out [P, rows, h, w, 3].
+struct Batch {
+  int slot = -1;
+  std::vector<int64_t> indices;  // data-set index per row: the replacement's where one was needed
+  BadImage error;                // index >= 0: the batch is not usable, and why
+};
+
+/// Makes batches of bags ahead of their consumer: threads decode each image once, cut its P patches
+/// while it is hot, and write them into a ring of slots that the caller provides.
+///
+/// A bag depends on (seed, epoch, data-set index) only. `next` and the other methods belong to one
+/// consumer thread. After fork() a child's loader makes its own threads and goes on where it stood.
+class Loader {
+ public:
+  enum class Status { kReady, kWaiting, kEnd };
+
+  /// `slots` are `batches_ahead + kHeldBatches` buffers, each with room for the largest batch.
+  /// `subset` holds the data-set indices in use, sorted: a bad image is replaced by the next of
+  /// them, cyclically.
+  Loader(std::shared_ptr<const Source> source, LoaderOptions options, std::vector<void*> slots,
+         std::vector<int64_t> subset, FallbackDecoder fallback);
+  ~Loader();
+  Loader(const Loader&) = delete;
+  Loader& operator=(const Loader&) = delete;
+
+  /// Begins an epoch at `first_batch`; one that is under way is stopped.
+  void start(EpochPlan plan, int64_t first_batch);
+
+  /// Takes the next batch, waiting for it up to `timeout_ms`. kHeldBatches - 1 further calls leave
+  /// it as it is.
+  Status next(int timeout_ms, Batch* batch);
+
+  /// Ends the epoch and its threads; what is in the making is dropped.
+  void stop();
+
+  /// Images that were replaced so far, in the order in which their batches were taken.
+  const std::vector<BadImage>& skipped() const { return skipped_; }
+
+ private:
+  struct Worker;  // a thread's reader and buffers
+  struct Slot;
+  struct Run;  // an epoch under way: threads, their lock, the state of the slots
+
+  void run_threads();
+  void work(Run& run, Worker& worker);
+  bool take_row(Run& run, int64_t* batch, int64_t* row);
+  void make_row(Run& run, Worker& worker, int64_t batch, int64_t row);
+  void make_bag(Worker& worker, int64_t index, int64_t batch, int64_t row);
+  ViewParams draw(ImageSize size, int64_t index, int64_t patch) const;
+  int64_t replacement(int64_t index) const;
+  int64_t batch_begin(int64_t batch) const;
+  int64_t batch_rows(int64_t batch) const;
+
+  const std::shared_ptr<const Source> source_;
+  const LoaderOptions options_;
+  const std::vector<void*> slots_;
+  const std::vector<int64_t> subset_;
+  const FallbackDecoder fallback_;
+  int64_t patch_bytes_ = 0;
+
+  EpochPlan plan_;
+  int64_t taken_ = 0;  // batches of the epoch that the consumer has taken
+  std::vector<std::unique_ptr<Worker>> workers_;
+  std::unique_ptr<Run> run_;
+  pid_t pid_;
+  std::vector<BadImage> skipped_;
+};
+
+}  // namespace bagssl
