@@ -89,12 +89,15 @@ def timed(call: Callable[[], Any], calls: int = 1, device: str = "cpu") -> Timin
         torch.cuda.synchronize()
         return Timing(start.elapsed_time(end) / 1e3 / calls, (cpu_seconds() - cpu) / calls)
     cpu, wall = cpu_seconds(), time.perf_counter()
-    result = None
+    reported = []
     for _ in range(calls):
         result = call()
-    if isinstance(result, Timing):
-        return result
-    return Timing((time.perf_counter() - wall) / calls, (cpu_seconds() - cpu) / calls)
+        if isinstance(result, Timing):
+            reported.append(result)
+    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    if reported:
+        wall, cpu = (sum(seconds) for seconds in zip(*reported, strict=True))
+    return Timing(wall / calls, cpu / calls)
 
 
 def cpu_seconds() -> float:
@@ -176,8 +179,8 @@ class Report:
     ) -> None:
         """Prints one metric of a case, our ratio to every provider, floors reached or missed.
 
-        The ratio is above 1 where ours is better, and is added to the rows (`ratio to NAME`,
-        and `floor to NAME` where there is one).
+        The ratio is above 1 where ours is better, and is added to the rows (`METRIC, ratio to
+        NAME`, and `METRIC, floor to NAME` where there is one).
         """
         floors = floors or {}
         found = {
@@ -198,12 +201,12 @@ class Report:
                 pairs = zip(mine, samples, strict=False)
                 ratios = [a / b if larger_is_better else b / a for a, b in pairs]
                 ratio = quantiles(ratios)[0]
-                self.add(case, ours, f"ratio to {provider}", ratios, "x")
+                self.add(case, ours, f"{metric}, ratio to {provider}", ratios, "x")
                 line += f"{ratio:>10.2f}x"
                 floor = floors.get(provider)
                 colour = "red" if ratio < (floor or 1.0) else "green" if floor else ""
                 if floor:
-                    self.add(case, ours, f"floor to {provider}", [floor], "x")
+                    self.add(case, ours, f"{metric}, floor to {provider}", [floor], "x")
                     line += f"  {floor:g}x {'reached' if ratio >= floor else 'MISSED'}"
                     if ratio < floor:
                         self.missed.append(f"{case}: {ratio:.2f}x {provider}, floor {floor:g}x")
