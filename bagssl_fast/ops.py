@@ -25,9 +25,9 @@ DISPATCH: dict[str, tuple[str, str | None, str | None]] = {
     "patch_views": ("reference", None, None),
     "patch_embed": ("reference", None, None),
     "linear_bn_relu": ("reference", None, None),
-    "vicreg": ("reference", None, None),
-    "tcr": ("reference", None, None),
-    "bag_pool": ("reference", None, None),
+    "vicreg": ("reference", "cpu", None),
+    "tcr": ("reference", "cpu", None),
+    "bag_pool": ("reference", "cpu", None),
 }
 IMPLS = ("reference", "cpu", "cuda")
 

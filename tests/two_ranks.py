@@ -1,0 +1,76 @@
+"""What test_losses.py runs in two processes: every loss on its half of a batch."""
+
+import datetime
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bagssl_fast import ops
+from bagssl_fast.losses import build_loss
+
+WORLD = 2
+SHAPE = (3, 8, 6)  # the global batch [P, B, D]
+LOSSES: dict[str, tuple[str, dict]] = {
+    "vicreg, gathered (B < D)": ("vicreg", {"wide": True}),
+    "vicreg, all-reduced moments (B >= D)": ("vicreg", {}),
+    "emp_ssl": ("emp_ssl", {}),
+    "spectral": ("spectral", {}),
+    "barlow_twins": ("barlow_twins", {}),
+    "info_nce": ("info_nce", {}),
+}
+
+
+def make_bag(wide: bool = False) -> Tensor:
+    num_slots, batch, dim = SHAPE
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_slots, batch, 3 * dim if wide else dim)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def evaluate(name: str, options: dict, z: Tensor, group: dist.ProcessGroup | None) -> dict:
+    """The loss, its terms and its gradient."""
+    options = {key: value for key, value in options.items() if key != "wide"}
+    z = z.clone().requires_grad_()
+    loss, terms = build_loss(name, group=group, **options)(z)
+    loss.backward()
+    return {"loss": loss.detach(), "terms": terms, "dz": z.grad}
+
+
+def linear_bn_relu(x: Tensor, group: dist.ProcessGroup | None) -> dict:
+    """A projector's block with synchronised statistics: output, gradients, running statistics."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(5, x.shape[-1], generator=generator, dtype=x.dtype).requires_grad_()
+    gamma = torch.rand(5, generator=generator, dtype=x.dtype).requires_grad_()
+    beta = torch.zeros(5, dtype=x.dtype, requires_grad=True)
+    running_mean, running_var = torch.zeros(5, dtype=x.dtype), torch.ones(5, dtype=x.dtype)
+    x = x.clone().requires_grad_()
+    y = ops.linear_bn_relu(
+        x, weight, gamma, beta, running_mean, running_var, training=True, group=group
+    )
+    y.square().sum().backward()
+    grads = {"x": x.grad, "weight": weight.grad, "gamma": gamma.grad, "beta": beta.grad}
+    return {"y": y.detach(), "grads": grads, "running": (running_mean, running_var)}
+
+
+def main(rank: int, folder: str) -> None:
+    """One rank: writes its results to `folder`."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    try:
+        group = dist.group.WORLD
+        results: dict[str, dict] = {}
+        for case, (name, options) in LOSSES.items():
+            z = make_bag(options.get("wide", False)).chunk(WORLD, dim=1)[rank]
+            results[case] = evaluate(name, options, z, group)
+        results["linear_bn_relu"] = linear_bn_relu(make_bag().chunk(WORLD, dim=1)[rank], group)
+        torch.save(results, Path(folder) / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
