@@ -66,8 +66,8 @@ def open_numpy(path: Path) -> Source:
         with np.load(path, allow_pickle=False) as arrays:
             if "images" not in arrays:
                 raise ValueError(f"no array 'images' in it, only {sorted(arrays)}")
-            labels = arrays["labels"] if "labels" in arrays else None
-            classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
+            labels = arrays.get("labels")
+            classes = [str(name) for name in arrays.get("classes", ())] or None
             return make_source(arrays["images"], labels, classes, str(path))
     except (ValueError, OSError, EOFError) as error:
         text = str(error)

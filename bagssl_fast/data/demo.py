@@ -13,10 +13,23 @@ from bagssl_fast.data.arrays import make_source
 from bagssl_fast.data.source import Source
 
 PHOTOGRAPHS = (
-    "astronaut.png brick.png camera.png cell.png chelsea.png coffee.png coins.png grass.png "
-    "gravel.png hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png page.png retina.jpg "
-    "rocket.jpg"
-).split()
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "cell.png",
+    "chelsea.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "page.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
 TILE = 48
 TRAIN_TILES, TEST_TILES = 240, 60  # per photograph
 

@@ -62,8 +62,8 @@ class BagLoader:
         batch_size: Images per batch and rank.
         patches: P, patches per image.
         augment: How patches are made; of a tuple, slot p uses entry p % len.
-        sampler: "random" draws views; "grid" takes P = n * n even places at the mean scale, "center"
-            (P = 1) the central square; neither of these two augments.
+        sampler: "random" draws views; "grid" takes P = n * n even places at the mean scale,
+            "center" (P = 1) the central square; neither of these two augments.
         shuffle: A new order each epoch, a function of (seed, epoch).
         drop_last: Leave out the last images where they do not fill a batch on every rank. Otherwise
             they are dealt out evenly, and ranks may get batches of unequal size, even empty ones.
@@ -287,10 +287,13 @@ class BagLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next iteration goes on after the last batch that was taken before the state's.
 
+        A state without "config" is taken at its word.
+
         Raises:
             ValueError: If the loader was made with settings that give other batches.
         """
-        mine, theirs = self._config(), state["config"]
+        mine = self._config()
+        theirs = state.get("config", mine)
         changed = [key for key in mine if theirs.get(key) != mine[key]]
         if changed:
             text = ", ".join(f"{key} was {theirs.get(key)}, is {mine[key]}" for key in changed)

@@ -16,9 +16,20 @@ from numpy.typing import NDArray
 from bagssl_fast._extension import _C
 from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .ppm .pgm .pbm .pnm .tif .tiff .avif".split()
-)
+_JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
+_OTHER_SUFFIXES = {
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".ppm",
+    ".pgm",
+    ".pnm",
+    ".tif",
+    ".tiff",
+    ".avif",
+}
+IMAGE_SUFFIXES = _JPEG_SUFFIXES | _OTHER_SUFFIXES
 KINDS = (
     '"demo", a folder of images, a .tar (a list, a glob or a folder of them), a .npy or .npz '
     "array, or the folder of torchvision's CIFAR-10, CIFAR-100 or MNIST"
@@ -192,7 +203,12 @@ def open_folder(root: Path, on_error: str) -> Source:
     base = os.fsencode(root)
     names: list[bytes] = []
     parents: list[bytes | None] = []
+    visited: set[bytes] = set()  # links may lead back to a folder above them
     for folder, subfolders, files in os.walk(base, onerror=_raise, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
         parent = None if folder == base else os.path.basename(folder)
         for name in sorted(files):
