@@ -45,7 +45,7 @@ class NinjaBuildExt(build_ext):
 
         cflags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
         # Contracting a*b+c would make the last bit of a pixel depend on the machine.
-        cflags += ["-ffp-contract=off", "-fno-math-errno"]
+        cflags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
         ldflags = ["-shared", "-pthread"]
         if sys.platform == "darwin":
             ldflags = ["-bundle", "-undefined", "dynamic_lookup"]

@@ -145,36 +145,47 @@ T* at_least(std::vector<T>& buffer, size_t size) {
   return buffer.data();
 }
 
-/// Crop, resize and flip: RGBX [out_h, out_w], rounded to uint8 after each of the two passes.
-const uint8_t* resize(const ImageView& image, const ViewParams& view, const ViewOptions& options,
-                      const PixelOps& ops, Buffers& buffers) {
+/// Crop, resize and flip into planes, rounded to uint8 after each of the two passes.
+void resize(const ImageView& image, const ViewParams& view, const ViewOptions& options,
+            const PixelOps& ops, Buffers& buffers, Planes planes) {
   const int height = static_cast<int>(view.height), width = static_cast<int>(view.width);
   const bool flip = view.flip != 0.0f;
-  const int64_t out_bytes = 4 * static_cast<int64_t>(options.out_w);
-  uint8_t* row = at_least(buffers.row, 3 * static_cast<size_t>(width) + kRowPadding);
-  uint8_t* narrowed = at_least(buffers.narrowed, static_cast<size_t>(height) * out_bytes);
-  const uint8_t* source = image.data + static_cast<int64_t>(view.top) * image.row_stride +
-                          3 * static_cast<int64_t>(view.left);
+  const int stride = 4 * (options.out_w + kWidthPadding);
+  uint8_t* padded = at_least(buffers.row, 3 * static_cast<size_t>(width) + kRowPadding);
+  uint8_t* narrowed = at_least(buffers.narrowed, (height + size_t{1}) * stride);
+  const uint8_t* row = image.data + static_cast<int64_t>(view.top) * image.row_stride +
+                       3 * static_cast<int64_t>(view.left);
+  const uint8_t* image_end = image.data + (image.height - 1) * image.row_stride + 3 * image.width;
 
-  const AxisWeights* across =
-      width == options.out_w ? nullptr : &buffers.weights.get(width, options.out_w, options.interp);
-  for (int y = 0; y < height; ++y, source += image.row_stride) {
-    uint8_t* out = narrowed + y * out_bytes;
-    if (across == nullptr) {
-      ops.copy_row(source, width, flip, out);
-    } else {
-      std::memcpy(row, source, 3 * static_cast<size_t>(width));
-      ops.resize_row(row, *across, flip, out);
+  if (width == options.out_w) {
+    for (int y = 0; y < height; ++y, row += image.row_stride) {
+      ops.copy_row(row, width, flip, narrowed + static_cast<int64_t>(y) * stride);
+    }
+  } else {
+    const AxisWeights& across = buffers.weights.get(width, options.out_w, options.interp);
+    const size_t bytes = 3 * static_cast<size_t>(width);
+    for (int y = 0; y < height; ++y, row += image.row_stride) {
+      const bool at_end = static_cast<size_t>(image_end - row) < bytes + kRowPadding;
+      if (at_end) std::memcpy(padded, row, bytes);
+      ops.resize_row(at_end ? padded : row, across, flip,
+                     narrowed + static_cast<int64_t>(y) * stride);
     }
   }
-  if (height == options.out_h) return narrowed;
 
-  const AxisWeights& down = buffers.weights.get(height, options.out_h, options.interp);
-  uint8_t* resized = at_least(buffers.resized, static_cast<size_t>(options.out_h) * out_bytes);
+  const AxisWeights* down = height == options.out_h
+                                ? nullptr
+                                : &buffers.weights.get(height, options.out_h, options.interp);
   for (int y = 0; y < options.out_h; ++y) {
-    ops.resize_column(narrowed, static_cast<int>(out_bytes), down, y, resized + y * out_bytes);
+    const int64_t at = static_cast<int64_t>(y) * options.out_w;
+    float *r = planes.channel[0] + at, *g = planes.channel[1] + at, *b = planes.channel[2] + at;
+    if (down == nullptr) {
+      ops.unpack_row(narrowed + static_cast<int64_t>(y) * stride, options.out_w, r, g, b);
+    } else {
+      ops.resize_column(narrowed, stride, *down, y, options.out_w, r, g, b);
+    }
   }
-  return resized;
+  const int pixels = options.out_h * options.out_w;
+  for (float* plane : planes.channel) std::fill(plane + pixels, plane + planes.size, 0.0f);
 }
 
 /// The `index`-th permutation of four stages in lexicographic order, applied from left to right.
@@ -315,10 +326,11 @@ void patch_view(const ImageView& image, const ViewParams& params, const ViewOpti
   const int pixels = options.out_h * options.out_w;
   Planes planes;
   planes.size = (pixels + kPlanePadding - 1) / kPlanePadding * kPlanePadding;
-  float* first = at_least(buffers.planes, 3 * static_cast<size_t>(planes.size));
-  for (int c = 0; c < 3; ++c) planes.channel[c] = first + c * static_cast<int64_t>(planes.size);
+  const int64_t spacing = planes.size + kWidthPadding;
+  float* first = at_least(buffers.planes, 3 * static_cast<size_t>(spacing));
+  for (int c = 0; c < 3; ++c) planes.channel[c] = first + c * spacing;
 
-  ops.unpack(resize(image, params, options, ops, buffers), pixels, planes);
+  resize(image, params, options, ops, buffers, planes);
   if (params.order >= 0.0f) jitter(params, pixels, ops, planes);
   if (params.grayscale != 0.0f) ops.grayscale(planes);
   if (params.blur_sigma > 0.0f) blur(params.blur_sigma, options, ops, buffers, planes);

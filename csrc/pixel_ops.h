@@ -16,23 +16,26 @@ constexpr int kPlanePadding = 16;
 
 /// Bytes that may be read (not used) past the end of a row handed to resize_row.
 constexpr int kRowPadding = 16;
+/// Rows between the passes are RGBX, four bytes a pixel, and this many pixels wider than needed;
+/// rows of planes are written up to this many floats past their end.
+constexpr int kWidthPadding = 8;
 
-/// The loops over pixels, once per instruction set. Both tables hold the same source compiled
-/// twice, without contraction of a*b+c, and give the same bits; std::fma is written out where
-/// torch uses one. All pictures between the passes of a resize are RGBX, four bytes a pixel.
+/// The loops over pixels, once per instruction set. All tables hold the same source compiled
+/// anew, without contraction of a*b+c, and give the same bits; fused multiply-adds are written
+/// out where torch has them.
 struct PixelOps {
   const char* name;
 
-  /// One row of RGB (kRowPadding bytes readable past its end) -> `out` RGBX pixels,
-  /// mirrored if asked for.
-  void (*resize_row)(const uint8_t* row, const AxisWeights& weights, bool flip, uint8_t* out);
-  /// RGB -> RGBX without a change of width.
+  /// RGB -> RGBX, mirrored if asked for.
   void (*copy_row)(const uint8_t* row, int width, bool flip, uint8_t* out);
-  /// Output row i of the vertical pass over rows of `bytes` bytes (a multiple of 4).
-  void (*resize_column)(const uint8_t* rows, int bytes, const AxisWeights& weights, int i,
-                        uint8_t* out);
-  /// RGBX -> planes, with zeros behind the last pixel.
-  void (*unpack)(const uint8_t* rgbx, int pixels, Planes planes);
+  /// The same with a change of width to `weights.out` pixels.
+  void (*resize_row)(const uint8_t* row, const AxisWeights& weights, bool flip, uint8_t* out);
+  /// RGBX -> one row of each plane.
+  void (*unpack_row)(const uint8_t* rgbx, int width, float* r, float* g, float* b);
+  /// The same from RGBX rows `stride` bytes apart: output row i of the vertical pass. One row
+  /// more than there are may be read (not used).
+  void (*resize_column)(const uint8_t* rows, int stride, const AxisWeights& weights, int i,
+                        int width, float* r, float* g, float* b);
 
   // torchvision.transforms.v2.functional on uint8, in place.
   void (*brightness)(Planes planes, float factor);

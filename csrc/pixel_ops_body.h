@@ -1,10 +1,36 @@
 // The loops of pixel_ops.h. Included once per instruction set, each time with BAGSSL_OPS_TABLE
-// and BAGSSL_OPS_NAME set; hence no include guard, no includes and nothing from std.
+// and BAGSSL_OPS_NAME set; hence no include guard and nothing from std.
+
+#include "pixel_ops_resize.h"
+
+#ifndef BAGSSL_RESTRICT
+#define BAGSSL_RESTRICT __restrict
+#endif
 
 namespace bagssl {
 namespace {
 
-inline float truncate(float x) { return static_cast<float>(static_cast<int32_t>(x)); }
+inline float larger(float x, float y) { return x > y ? x : y; }
+inline float smaller(float x, float y) { return x < y ? x : y; }
+
+/// Towards zero, |x| < 2^31.
+inline float truncate(float x) {
+#ifdef BAGSSL_V3
+  return __builtin_truncf(x);
+#else
+  return static_cast<float>(static_cast<int32_t>(x));
+#endif
+}
+
+/// Down, |x| < 2^31.
+inline float floor_near_zero(float x) {
+#ifdef BAGSSL_V3
+  return __builtin_floorf(x);
+#else
+  const float whole = truncate(x);
+  return whole > x ? whole - 1.0f : whole;
+#endif
+}
 
 inline float clamp255(float x) {
   x = x > 0.0f ? x : 0.0f;
@@ -16,57 +42,9 @@ inline float gray(float r, float g, float b) {
   return truncate(__builtin_fmaf(b, 0.114f, __builtin_fmaf(g, 0.587f, r * 0.2989f)));
 }
 
-inline uint8_t clamp_byte(int32_t x) { return static_cast<uint8_t>(x < 0 ? 0 : x > 255 ? 255 : x); }
-
-void resize_row(const uint8_t* row, const AxisWeights& weights, bool flip, uint8_t* out) {
-  const int32_t half = 1 << (weights.precision - 1);
-  for (int i = 0; i < weights.out; ++i) {
-    const int16_t* w = weights.weight + static_cast<int64_t>(i) * weights.taps;
-    const uint8_t* in = row + 3 * static_cast<int64_t>(weights.start[i]);
-    int32_t sum[3] = {half, half, half};
-    for (int k = 0; k < weights.window; ++k) {
-      for (int c = 0; c < 3; ++c) sum[c] += w[k] * in[3 * k + c];
-    }
-    uint8_t* pixel = out + 4 * (flip ? weights.out - 1 - i : i);
-    for (int c = 0; c < 3; ++c) pixel[c] = clamp_byte(sum[c] >> weights.precision);
-    pixel[3] = 0;
-  }
-}
-
-void copy_row(const uint8_t* row, int width, bool flip, uint8_t* out) {
-  for (int i = 0; i < width; ++i) {
-    uint8_t* pixel = out + 4 * (flip ? width - 1 - i : i);
-    for (int c = 0; c < 3; ++c) pixel[c] = row[3 * i + c];
-    pixel[3] = 0;
-  }
-}
-
-void resize_column(const uint8_t* rows, int bytes, const AxisWeights& weights, int i,
-                   uint8_t* out) {
-  const int32_t half = 1 << (weights.precision - 1);
-  const int16_t* w = weights.weight + static_cast<int64_t>(i) * weights.taps;
-  const uint8_t* first = rows + static_cast<int64_t>(weights.start[i]) * bytes;
-  for (int x = 0; x < bytes; ++x) {
-    int32_t sum = half;
-    for (int k = 0; k < weights.window; ++k)
-      sum += w[k] * first[static_cast<int64_t>(k) * bytes + x];
-    out[x] = clamp_byte(sum >> weights.precision);
-  }
-}
-
-void unpack(const uint8_t* rgbx, int pixels, Planes planes) {
-  float *r = planes.channel[0], *g = planes.channel[1], *b = planes.channel[2];
-  for (int i = 0; i < pixels; ++i) {
-    r[i] = rgbx[4 * i];
-    g[i] = rgbx[4 * i + 1];
-    b[i] = rgbx[4 * i + 2];
-  }
-  for (int i = pixels; i < planes.size; ++i) r[i] = g[i] = b[i] = 0.0f;
-}
-
 void brightness(Planes planes, float factor) {
   for (float* x : planes.channel) {
-    for (int i = 0; i < planes.size; ++i) x[i] = truncate(clamp255(x[i] * factor));
+    for (int i = 0; i < planes.size; ++i) x[i] = truncate(smaller(x[i] * factor, 255.0f));
   }
 }
 
@@ -84,7 +62,8 @@ void contrast(Planes planes, float factor, int pixels) {
 }
 
 void saturation(Planes planes, float factor) {
-  float *r = planes.channel[0], *g = planes.channel[1], *b = planes.channel[2];
+  float *BAGSSL_RESTRICT r = planes.channel[0], *BAGSSL_RESTRICT g = planes.channel[1],
+                         *BAGSSL_RESTRICT b = planes.channel[2];
   const float rest = 1.0f - factor;
   for (int i = 0; i < planes.size; ++i) {
     const float grey = gray(r[i], g[i], b[i]);
@@ -94,45 +73,42 @@ void saturation(Planes planes, float factor) {
   }
 }
 
-inline float distance(float x, float y) { return __builtin_fabsf(x - y); }
-
-/// torch's _rgb_to_hsv, shift, _hsv_to_rgb and cast, with the same roundings. Of the four values
-/// that _hsv_to_rgb chooses from, v and p are the largest and the smallest channel exactly and
-/// only one of q and t occurs in a pixel.
+/// torch's _rgb_to_hsv, shift, _hsv_to_rgb and cast, with the same roundings and less work: of a
+/// pixel's two differences from the maximum one is the range itself, so one quotient is 1; and of
+/// the four values that _hsv_to_rgb chooses from, v and p are the largest and the smallest channel
+/// exactly, and only one of q and t occurs.
 void hue(Planes planes, float shift) {
-  float *red = planes.channel[0], *green = planes.channel[1], *blue = planes.channel[2];
+  float *BAGSSL_RESTRICT red = planes.channel[0], *BAGSSL_RESTRICT green = planes.channel[1],
+                         *BAGSSL_RESTRICT blue = planes.channel[2];
   constexpr float kByte = static_cast<float>(1.0 / 255.0), kSixth = static_cast<float>(1.0 / 6.0);
   constexpr float kToByte = static_cast<float>(255.0 + 1.0 - 1e-3);
+  constexpr float kNoZero = 1e-3f;  // below any range or maximum but 0, where h does not matter
   for (int i = 0; i < planes.size; ++i) {
-    const float r8 = red[i], g8 = green[i], b8 = blue[i];
-    const float r = r8 * kByte, g = g8 * kByte, b = b8 * kByte;
-    const float rg_max = r8 > g8 ? r8 : g8, rg_min = r8 < g8 ? r8 : g8;
-    const float max8 = rg_max > b8 ? rg_max : b8, min8 = rg_min < b8 ? rg_min : b8;
-    const float v = max8 * kByte, range = v - min8 * kByte;
-    const float range_divisor = range == 0.0f ? 1.0f : range;
-    const float s = range / (range == 0.0f ? 1.0f : v);
+    const float r = red[i], g = green[i], b = blue[i];
+    const float high = larger(larger(r, g), b), low = smaller(smaller(r, g), b);
+    const float v = high * kByte, range = v - low * kByte;
+    const float quotient = (v - (r + g + b - high - low) * kByte) / larger(range, kNoZero);
+    const float s = range / larger(v, kNoZero);
 
-    const bool is_r = max8 == r8, is_g = max8 == g8;
-    const float plus = is_r ? b : is_g ? r : g, minus = is_r ? g : is_g ? b : r;
-    const float offset = is_r ? 0.0f : is_g ? 2.0f : 4.0f;
-    float h = ((v - plus) / range_divisor + offset) - (v - minus) / range_divisor;
-    h = h * kSixth + 1.0f;
-    h = h >= 1.0f ? h - 1.0f : h;
-    h = h + shift;
-    h = h < 0.0f ? h + 1.0f : h >= 1.0f ? h - 1.0f : h;
+    // Torch: bc - gc where the maximum is r, else 2 + rc - bc where it is g, else 4 + gc - rc.
+    const float base = high == r ? 0.0f : high == g ? 2.0f : 4.0f;
+    const float added = high == r ? b : high == g ? r : g;
+    const float h0 = added == low ? (base + 1.0f) - quotient : (quotient + base) - 1.0f;
+    const float h1 = h0 * kSixth + 1.0f;
+    const float h2 = (h1 - truncate(h1)) + shift;
+    const float h = (h2 - floor_near_zero(h2)) * 6.0f;
 
-    const float h6 = h * 6.0f;
-    const int32_t turn = static_cast<int32_t>(h6);
-    const float fraction = h6 - static_cast<float>(turn);
-    const float sector = turn == 6 ? 0.0f : static_cast<float>(turn);
-    const float sf = s * fraction;
-    const float middle = truncate((turn & 1 ? 1.0f - sf : sf + (1.0f - s)) * v * kToByte);
-    const float from_r = distance(sector, 2.5f);  // r is v in sectors 5, 0 and p in 2, 3
-    const float from_g = distance(sector, 1.5f);  // g is v in 1, 2 and p in 4, 5
-    const float from_b = distance(sector, 3.5f);  // b is v in 3, 4 and p in 0, 1
-    red[i] = from_r > 2.0f ? max8 : from_r > 1.0f ? middle : min8;
-    green[i] = from_g < 1.0f ? max8 : from_g < 2.0f ? middle : min8;
-    blue[i] = from_b < 1.0f ? max8 : from_b < 2.0f ? middle : min8;
+    const int32_t sector = static_cast<int32_t>(h);  // 6, after a rounding, is the same as 0
+    const float sf = s * (h - static_cast<float>(sector));
+    const float x = (sector & 1) != 0 ? 1.0f - sf : sf + (1.0f - s);
+    const float middle = truncate(x * v * kToByte);
+    const float r01 = h >= 1.0f ? middle : high, r23 = h >= 2.0f ? low : r01;
+    const float r4 = h >= 4.0f ? middle : r23;
+    const float g12 = h >= 1.0f ? high : middle, g3 = h >= 3.0f ? middle : g12;
+    const float b2 = h >= 2.0f ? middle : low, b34 = h >= 3.0f ? high : b2;
+    red[i] = h >= 5.0f ? high : r4;
+    green[i] = h >= 4.0f ? low : g3;
+    blue[i] = h >= 6.0f ? low : h >= 5.0f ? middle : b34;
   }
 }
 
@@ -200,8 +176,8 @@ void store_table(Planes planes, int pixels, const uint16_t (*table)[256], uint16
 }  // namespace
 
 const PixelOps BAGSSL_OPS_TABLE = {
-    BAGSSL_OPS_NAME, resize_row,  copy_row,    resize_column, unpack,   brightness,
-    contrast,        saturation,  hue,         grayscale,     solarize, blur_column,
+    BAGSSL_OPS_NAME, copy_row,    resize_row,  unpack_row,  resize_column, brightness,
+    contrast,        saturation,  hue,         grayscale,   solarize,      blur_column,
     blur_row,        store_uint8, store_float, store_table,
 };
 

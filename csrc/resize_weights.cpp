@@ -54,15 +54,18 @@ void WeightCache::fill(Slot& slot, int in, int out, Interpolation interp) {
     slot.start[i] = first;
     axis.window = std::max(axis.window, size);
   }
+  // Every window is given the longest one's length, moved inwards where it would leave the input.
 
   constexpr int kGroup = AxisWeights::kTapGroup;
   axis.taps = (axis.window + kGroup - 1) / kGroup * kGroup;
   axis.precision = weight_precision(largest);
   slot.weight.assign(static_cast<size_t>(out) * axis.taps, 0);
   for (int i = 0; i < out; ++i) {
-    for (int k = 0; k < axis.window; ++k) {
+    const int moved = std::max(slot.start[i] + axis.window - in, 0);
+    slot.start[i] -= moved;
+    for (int k = 0; k + moved < axis.window; ++k) {
       const double value = exact_[static_cast<size_t>(i) * longest + k] * (1 << axis.precision);
-      slot.weight[static_cast<size_t>(i) * axis.taps + k] =
+      slot.weight[static_cast<size_t>(i) * axis.taps + k + moved] =
           static_cast<int16_t>(value < 0 ? value - 0.5 : value + 0.5);
     }
   }

@@ -13,7 +13,7 @@ namespace bagssl {
 struct AxisWeights {
   int in = 0, out = 0;
   int taps = 0;    ///< per output, a multiple of kTapGroup
-  int window = 0;  ///< the longest window; window <= taps
+  int window = 0;  ///< the longest window, <= taps; start[i] + window <= in
   int precision = 0;
   const int32_t* start = nullptr;   ///< [out]
   const int16_t* weight = nullptr;  ///< [out, taps]
