@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
-from bagssl_fast.config import Config
+from bagssl_fast.config import Config, resolve
 
 PACKAGE = Path(__file__).resolve().parent
 # A checkout keeps the recipes in configs/; an installed wheel carries them as bagssl_fast/recipes/.
@@ -32,10 +32,12 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = list(_option_names(Config()))
-        unknown = re.findall(r"(?:--|[Oo]ption '|[Kk]ey ')([\w.]+)", message)
-        hints = [m for name in unknown for m in difflib.get_close_matches(name, known, 2, 0.7)]
-        if "not accepted" in message or "unrecognized" in message or "not expected" in message:
-            message += f"; did you mean {' or '.join(hints)}?" if hints else ""
+        message = re.sub(
+            r"Group '([\w.]+)' does not accept option '", r"unknown option '\1.", message
+        )
+        found = re.search(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)", message)
+        close = difflib.get_close_matches(found[1], known, 1, 0.7) if found else []
+        message += "".join(f"; did you mean {name}?" for name in close)
         sys.stderr.write(f"error: {message}\n(--help lists every option with its meaning)\n")
         raise SystemExit(2)
 
@@ -78,7 +80,7 @@ def parse(argv: Sequence[str]) -> Config:
     config = Config(**{f.name: values[f.name] for f in fields(Config)})
     if not config.name:
         config = replace(config, name=Path(recipe).stem if recipe else config.encoder.name)
-    return config
+    return resolve(config)
 
 
 def _normalise(argument: str) -> str:
@@ -117,9 +119,10 @@ def find_recipe(name: str) -> Path:
 def _option_names(config: Any, prefix: str = "") -> Iterator[str]:
     for f in fields(config):
         value = getattr(config, f.name)
-        yield prefix + f.name
         if is_dataclass(value):
             yield from _option_names(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name
 
 
 def to_yaml(config: Config) -> str:
@@ -131,7 +134,7 @@ def load(path: str | os.PathLike[str]) -> Config:
     """Reads a configuration that `to_yaml` wrote (any recipe will do)."""
     parser = make_parser()
     values = parser.instantiate(parser.parse_args(["--config", os.fspath(path)]))
-    return Config(**{f.name: values[f.name] for f in fields(Config)})
+    return resolve(Config(**{f.name: values[f.name] for f in fields(Config)}))
 
 
 def identity(config: Config) -> dict[str, Any]:

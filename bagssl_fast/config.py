@@ -6,7 +6,7 @@ command lines and yaml. Neither imports torch: `--help` and a wrong flag answer 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from bagssl_fast.augment import Augment
@@ -22,11 +22,14 @@ class BagConfig:
         dense: Cut whole views and encode every patch of a view on a grid in one pass (an encoder
             with a dense form: patchnet). A step then sees patches x grid positions slots.
         stride: Pixels between neighbouring patches of a dense view.
+        image_size: 0 takes `augment.scale` as it is; n > 0 makes a patch `augment.size` pixels of
+            an image imagined at n x n: the scale becomes (augment.size / n) squared.
     """
 
     patches: int = 20
     dense: bool = False
     stride: int = 4
+    image_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,12 @@ class EvalConfig:
         enabled: Evaluate at the end of training.
         patches: Numbers of patches per bag, squares: each is a grid over the image.
         random: Measure the same network at its random initialisation beside it.
-        projection: Measure the projection z too, not only the embedding h.
+        projection_patches: Largest bag whose projection z is measured beside the embedding h (the
+            head runs on every patch); 0 for the central crop only, -1 for none.
         max_train_images: Training images the probes see; 0 takes all.
         max_test_images: Test images; 0 takes all.
         batch_size: Images per forward pass.
+        probe: Linear probe: ridge (closed form, seconds) or logistic (L-BFGS, slower).
         knn_k: Neighbours of the weighted kNN, clamped to the training images.
         knn_t: Its temperature.
         test_fraction: Fraction of the images kept for testing where there is no test set.
@@ -153,10 +158,11 @@ class EvalConfig:
     enabled: bool = False
     patches: tuple[int, ...] = (1, 4, 16, 64, 256)
     random: bool = True
-    projection: bool = True
+    projection_patches: int = 16
     max_train_images: int = 0
     max_test_images: int = 0
-    batch_size: int = 250
+    batch_size: int = 100
+    probe: Literal["ridge", "logistic"] = "ridge"
     knn_k: int = 20
     knn_t: float = 0.07
     test_fraction: float = 0.2
@@ -238,6 +244,29 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
+def resolve(config: Config) -> Config:
+    """The configuration with the scale that follows from `bag.image_size` filled in.
+
+    Raises:
+        ValueError: If the patch is larger than the image.
+    """
+    n, size = config.bag.image_size, config.augment.size
+    if n == 0:
+        return config
+    if size > n:
+        raise ValueError(
+            f"--augment.size {size} is larger than the image, --bag.image_size {n}: take a smaller "
+            "patch, or image_size 0 and an --augment.scale"
+        )
+    scale = ((size / n) ** 2,) * 2
+    odd = config.augment_odd
+    return replace(
+        config,
+        augment=replace(config.augment, scale=scale),
+        augment_odd=replace(odd, scale=scale, size=size) if odd is not None else None,
+    )
+
+
 def check(config: Config) -> None:
     """Refuses a configuration that cannot train, before anything heavy starts.
 
@@ -263,6 +292,13 @@ def check(config: Config) -> None:
             f"--bag.patches {c.bag.patches} gives {slots} slot per image, and {c.loss.name} pulls "
             "the patches of one image together: take at least 2 (or --bag.dense true)"
         )
+    for option, a in (("augment", c.augment), ("augment_odd", c.augment_odd or c.augment)):
+        low, high = a.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"--{option}.scale [{low}, {high}]: a crop's share of the image's area lies in "
+                "(0, 1], lowest first; a patch cannot be larger than the image"
+            )
     if c.augment_odd is not None and c.augment_odd.size != c.augment.size:
         raise ValueError(
             f"--augment_odd.size {c.augment_odd.size} differs from --augment.size "
@@ -270,11 +306,26 @@ def check(config: Config) -> None:
         )
     if not 0.0 <= c.ema < 1.0:
         raise ValueError(f"--ema {c.ema}: the decay lies in [0, 1), 0 for no average")
-    for count in c.eval.patches:
+    check_eval(c.eval)
+
+
+def check_eval(options: EvalConfig) -> None:
+    """Refuses an evaluation that makes no sense.
+
+    Raises:
+        ValueError: Naming the option and the way out.
+    """
+    for count in options.patches:
         if count < 1 or round(count**0.5) ** 2 != count:
             raise ValueError(
                 f"--eval.patches {count}: bags are n x n grids, take squares such as 1, 4, 16, 64"
             )
+    if not options.patches:
+        raise ValueError("--eval.patches is empty: name at least one number, such as 1")
+    _at_least("eval.batch_size", options.batch_size, 1)
+    _at_least("eval.knn_k", options.knn_k, 1)
+    if not 0 < options.test_fraction < 1:
+        raise ValueError(f"--eval.test_fraction {options.test_fraction}: must lie between 0 and 1")
 
 
 def patch_size(config: Config) -> int:

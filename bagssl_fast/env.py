@@ -75,7 +75,7 @@ def cpu_name() -> str:
 
 def _extension() -> str:
     try:
-        from bagssl_fast import _C
+        from bagssl_fast._extension import _C
     except ImportError as error:
         return f"not built ({error})"
     return Path(str(_C.__file__)).name

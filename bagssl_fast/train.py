@@ -100,7 +100,7 @@ def bags(run: Run) -> Iterator[Tensor]:
     ready: tuple[Tensor, torch.cuda.Event] | None = None
     left = run.total_steps - run.step
     for epoch in range(first, run.config.epochs):
-        run.loader.load_state_dict({"epoch": epoch, "step": offset if epoch == first else 0})
+        run.seek(epoch, offset if epoch == first else 0)
         for batch in run.loader:
             if left == 0:
                 break
