@@ -155,7 +155,7 @@ class PatchNet(nn.Module):
             step *= layer.stride[0]
         have = math.gcd(step, stride)
         x = _window_mean(x, self.pool, stride // have, step // have)
-        return x.permute(2, 3, 0, 1).reshape(-1, *x.shape[:2])
+        return x.flatten(1, 2).transpose(0, 1)
 
 
 class PatchMLP(nn.Module):
@@ -249,17 +249,28 @@ def _conv_bn_relu(cin: int, cout: int, kernel: int, stride: int = 1) -> list[nn.
 
 
 def _window_mean(x: Tensor, side: int, stride: int, dilation: int) -> Tensor:
-    """Means over windows of side x side entries of `[N, C, H, W]`, `dilation` entries apart."""
-    if dilation == 1:
-        return F.avg_pool2d(x, side, stride)
-    for dim in (2, 3):  # separable: a sum over rows, then over columns
-        count = (x.shape[dim] - (side - 1) * dilation - 1) // stride + 1
-        span = (count - 1) * stride + 1
-        parts = [x.narrow(dim, i * dilation, span) for i in range(side)]
-        if stride > 1:
-            parts = [p[:, :, ::stride] if dim == 2 else p[:, :, :, ::stride] for p in parts]
-        x = torch.stack(parts).sum(0) if len(parts) > 8 else sum(parts[1:], parts[0])
-    return x / side**2
+    """Means over windows of side x side entries of a map, `dilation` entries apart.
+
+    A sum over rows, then one over columns, each as a product with a banded matrix: on channels-last
+    maps several times faster, forward and backward, than `avg_pool2d`, which knows no dilation.
+
+    Args:
+        x: `[N, C, H, W]`.
+
+    Returns:
+        `[N, H', W', C]`.
+    """
+    x = x.permute(0, 2, 3, 1)
+    rows, columns = (_window_matrix(x, n, side, stride, dilation) for n in x.shape[1:3])
+    x = (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
+    return columns @ x
+
+
+def _window_matrix(like: Tensor, size: int, side: int, stride: int, dilation: int) -> Tensor:
+    """The `[windows, size]` matrix that averages over each window of one dimension."""
+    first = torch.arange(0, size - (side - 1) * dilation, stride, device=like.device)
+    taps = first[:, None] + dilation * torch.arange(side, device=like.device)
+    return like.new_zeros(len(first), size).scatter_(1, taps, 1 / side)
 
 
 def _check_patches(net: PatchNet | PatchMLP, patches: Tensor) -> None:
