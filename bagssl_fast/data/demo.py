@@ -77,7 +77,7 @@ def _cut_tiles(
     # Raw bits of a counter-based generator: the same places with every version of numpy.
     bits = np.random.Philox(key=[number, int(is_test)]).random_raw(2 * count)
     shifts = (bits % np.uint64(_BLOCK - TILE + 1)).astype(np.int64).reshape(count, 2)
-    tiles = np.empty((count, TILE, TILE, 3), np.uint8)
+    tiles = np.empty((count, TILE, TILE, 3), photograph.dtype)
     for i, (dy, dx) in enumerate(shifts):
         y, x = blocks[i % len(blocks)]
         top, left = y * _BLOCK + dy, x * _BLOCK + dx
