@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op. Installed as `bagssl_fast.kernels`; imports torch and triton only."""
+"""Triton kernels, one file per op, over torch and triton only; installed as bagssl_fast.kernels."""

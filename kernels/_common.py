@@ -105,7 +105,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(z: torch.Tensor, group: Any) -> torch.Tensor:
-    """z [P, B, D] of every rank of `group`, joined to [P, W*B, D]; every rank must bring the same B.
+    """z [P, B, D] of every rank of `group`, joined to [P, W*B, D]; all ranks bring the same B.
 
     With the averaging of gradients that DistributedDataParallel does, a loss of the result has the
     gradient of the global batch.

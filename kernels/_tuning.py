@@ -35,3 +35,65 @@ def next_power_of_2(n: int) -> int:
 def row_warps(width: int) -> int:
     """Warps for one row held in registers: 8 values per thread (one or two 16-byte loads)."""
     return min(max(width // 256, 1), 16)
+
+
+def column_strip(rows: int, cols: int, programs: int) -> Strip:
+    """Strip for statistics over rows: tall, since every strip leaves two floats per column behind.
+
+    128 rows keep those under 7% of the bytes read even of 16-bit input; where that leaves
+    processors idle, narrower and then shorter strips (the whole input is small then).
+    """
+    strip_rows, strip_cols = min(128, max(next_power_of_2(rows), 16)), 64
+    if -(-rows // strip_rows) * -(-cols // strip_cols) < programs:
+        strip_cols = 32
+    return Strip(strip_rows, strip_cols, num_warps=max(strip_rows * strip_cols // 1024, 1))
+
+
+def gram_tile(is_float32: bool) -> Tile:
+    """Tile of a symmetric Gram. Square, so that (i, j) serves (j, i); 64 since Grams are small."""
+    if is_float32:
+        return Tile(64, 64, depth=32, num_warps=4, num_stages=3)
+    return Tile(64, 64, depth=64, num_warps=4, num_stages=3)
+
+
+def gram_split(tiles: int, depth: int, tile: Tile, programs: int) -> int:
+    """Into how many parts to cut the summed axis, so that few tiles still fill the processors."""
+    most = max(depth // (4 * tile.depth), 1)
+    return max(min(programs // max(tiles, 1), most, 16), 1)
+
+
+def grad_tile(is_float32: bool) -> Tile:
+    """Tile of a gradient, Gram times z; float32 in three TF32 products has registers for 64 x 64."""
+    if is_float32:
+        return Tile(64, 64, depth=32, num_warps=4, num_stages=3)
+    return Tile(64, 128, depth=64, num_warps=4, num_stages=3)
+
+
+def row_strip(rows: int, cols: int, programs: int) -> Strip:
+    """Strip for an elementwise pass: columns wide enough for 16-byte loads of neighbouring threads."""
+    strip_cols = min(max(next_power_of_2(cols), 32), 256)
+    strip_rows = max(4096 // strip_cols, 1)
+    if -(-rows // strip_rows) * -(-cols // strip_cols) < 4 * programs:
+        strip_rows = max(strip_rows // 4, 1)
+    return Strip(strip_rows, strip_cols, num_warps=max(strip_rows * strip_cols // 1024, 1))
+
+
+def embed_tile(is_float32: bool) -> Tile:
+    """Tile of patch_embed: rows of patches times features. Bytes are gathered one by one, so that
+    128 rows per program (each pixel is loaded once per 128 features) matter more than depth."""
+    if is_float32:
+        return Tile(64, 64, depth=32, num_warps=4, num_stages=2)
+    return Tile(128, 128, depth=32, num_warps=8, num_stages=3)
+
+
+def embed_grad_tile(is_float32: bool) -> Tile:
+    """Tile of patch_embed's dW: features times pixels, summed over patches."""
+    if is_float32:
+        return Tile(64, 64, depth=32, num_warps=4, num_stages=2)
+    return Tile(128, 64, depth=32, num_warps=4, num_stages=3)
+
+
+def embed_grad_split(tiles: int, rows: int, tile: Tile, programs: int) -> int:
+    """Into how many parts to cut the patches, whose partial dW are then added in order."""
+    most = max(rows // (8 * tile.depth), 1)
+    return max(min(2 * programs // max(tiles, 1), most, 64), 1)

@@ -305,7 +305,7 @@ def bag_pool(
         cosine: Also return the mean cosine of the patches to their mean.
 
     Returns:
-        BagPool(mean [B, D], deviation [B] or None, cosine [B] or None) in float32. Non-finite values
+        BagPool(mean [B, D], deviation [B] or None, cosine [B] or None), float32. Non-finite values
         propagate within their own bag.
 
     Raises:
