@@ -97,3 +97,26 @@ def embed_grad_split(tiles: int, rows: int, tile: Tile, programs: int) -> int:
     """Into how many parts to cut the patches, whose partial dW are then added in order."""
     most = max(rows // (8 * tile.depth), 1)
     return max(min(2 * programs // max(tiles, 1), most, 64), 1)
+
+
+@dataclass(frozen=True)
+class ViewTiles:
+    """Tiles of a patch view: output `height` x `width`, source block `block_y` x `block_x`."""
+
+    height: int
+    width: int
+    block_y: int
+    block_x: int
+    num_warps: int
+    programs_per_sm: int
+
+
+def view_tiles(height: int, width: int) -> ViewTiles:
+    """A patch in registers up to 64 x 64 (3 x 16 values per thread of 8 warps), tiles above.
+
+    Source blocks of 32 x 64: the shortest that fill a tensor core's depth in both products.
+    """
+    tile_h = min(max(next_power_of_2(height), 16), 64)
+    tile_w = min(max(next_power_of_2(width), 16), 64)
+    num_warps = 8 if tile_h * tile_w > 1024 else 4
+    return ViewTiles(tile_h, tile_w, 32, 64, num_warps, programs_per_sm=2)

@@ -403,7 +403,7 @@ def patch_embed(
     wide = weight.float()
     scale = torch.tensor([1 / (255 * s) for s in std], device=weight.device).view(1, -1, 1, 1)
     shift = [(CENTRE / 255 - m) / s for m, s in zip(mean, std, strict=True)]
-    folded = (wide * scale).permute(2, 3, 1, 0).reshape(-1, out_dim).to(weight.dtype)
+    folded = (wide * scale).permute(2, 3, 1, 0).reshape(-1, out_dim).to(weight.dtype).contiguous()
     offset = wide.sum(dim=(2, 3)) @ torch.tensor(shift, device=weight.device)
     if bias is not None:
         offset = offset + bias.float()
