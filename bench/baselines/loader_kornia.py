@@ -25,7 +25,7 @@ def batched(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
     if a.grayscale_prob:
         steps.append(k.RandomGrayscale(p=a.grayscale_prob))
     if a.blur_prob:
-        kernel = a.blur_kernel or 2 * round(4 * a.blur_sigma[1]) + 1
+        kernel = a.blur_kernel
         steps.append(k.RandomGaussianBlur((kernel, kernel), a.blur_sigma, p=a.blur_prob))
     if a.solarize_prob:
         at = a.solarize_threshold / 255

@@ -38,7 +38,7 @@ def transform(augment, tensor: bool) -> Callable:  # type: ignore[no-untyped-def
     if a.grayscale_prob:
         steps.append(t.RandomGrayscale(a.grayscale_prob))
     if a.blur_prob:
-        kernel = a.blur_kernel or 2 * round(4 * a.blur_sigma[1]) + 1
+        kernel = a.blur_kernel
         blur = v2.GaussianBlur(kernel, a.blur_sigma) if tensor else PILBlur(a.blur_sigma)
         steps.append(t.RandomApply([blur], p=a.blur_prob))
     if a.solarize_prob:
