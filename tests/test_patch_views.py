@@ -1,0 +1,500 @@
+"""Patch views: torchvision's pixels, reference = C++, every instruction set the same, the draws."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from bagssl_fast import _C
+from bagssl_fast.reference.patch_views import patch_views as reference_views
+
+ORDERS = tuple(itertools.permutations(range(4)))
+STAGES = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+PLAIN = [0, 0, 0, 0, 0, 1, 1, 1, 0, -1, 0, 0, 256, 0, 0, 0]
+NAMES = "top left height width flip brightness contrast saturation hue order gray sigma solarize"
+COLUMN = {name: i for i, name in enumerate(NAMES.split())}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# The resize of torch's uint8 kernels, which torchvision takes only on these CPUs.
+exact_resize = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    data = pytest.importorskip("skimage.data")
+    image = (data.astronaut(), data.coffee(), data.chelsea())[seed % 3]
+    return np.ascontiguousarray(image[:height, :width])
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def all_colours() -> np.ndarray:
+    """Each combination of 64 red, 64 green and 64 blue values, the extremes among them."""
+    levels = np.append(np.arange(0, 252, 4), 255).astype(np.uint8)
+    return np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(512, 512, 3)
+
+
+def view_row(image: np.ndarray, **columns: float) -> np.ndarray:
+    row = np.array(PLAIN, dtype=np.float32)
+    row[2:4] = image.shape[:2]
+    for name, value in columns.items():
+        row[COLUMN[name]] = value
+    return row
+
+
+def ours(image: np.ndarray, row: np.ndarray, size: tuple[int, int], **options: Any) -> np.ndarray:
+    options = {"dtype": "uint8", **options}
+    return _C.patch_views([image], row[None, None], size=size, **options)[0, 0]
+
+
+def theirs(
+    image: np.ndarray,
+    row: np.ndarray,
+    size: tuple[int, int],
+    interpolation: str = "bilinear",
+    blur_kernel: int = 0,
+) -> np.ndarray:
+    """torchvision's functional ops in sequence on a uint8 tensor."""
+    view = {name: row[i].item() for name, i in COLUMN.items()}
+    x = torch.from_numpy(image).permute(2, 0, 1)
+    box = [int(view[name]) for name in ("top", "left", "height", "width")]
+    x = F.resized_crop(x, *box, list(size), InterpolationMode(interpolation), antialias=True)
+    x = F.horizontal_flip(x) if view["flip"] else x
+    if view["order"] >= 0:
+        for stage in ORDERS[int(view["order"])]:
+            x = STAGES[stage](x, row[5 + stage].item())
+    x = F.rgb_to_grayscale(x, 3) if view["gray"] else x
+    if view["sigma"] > 0:
+        kernel = blur_kernel or _C.auto_blur_kernel(*size)
+        x = F.gaussian_blur(x, [kernel, kernel], [view["sigma"]] * 2)
+    x = F.solarize(x, view["solarize"]) if view["solarize"] < 256 else x
+    return x.permute(1, 2, 0).numpy()
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    assert a.shape == b.shape
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def spec(**changes: Any) -> _C.AugmentSpec:
+    everything = {
+        "scale": (0.05, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "brightness": 0.8,
+        "contrast": 0.8, "saturation": 0.8, "hue": 0.4, "jitter_prob": 0.8, "grayscale_prob": 0.2,
+        "blur_prob": 0.3, "solarize_prob": 0.2, "solarize_threshold": 100,
+    }  # fmt: skip
+    return _C.AugmentSpec(**{**everything, **changes})
+
+
+def draw(images: list[np.ndarray], patches: int, seed: int = 0, **changes: Any) -> np.ndarray:
+    sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
+    index = np.arange(len(images))
+    return _C.draw_views([spec(**changes)], sizes, index, patches=patches, seed=seed, epoch=0)
+
+
+@pytest.fixture
+def baseline() -> Iterator[None]:
+    _C.force_baseline_pixel_ops(True)
+    yield
+    _C.force_baseline_pixel_ops(False)
+
+
+# ------------------------------------------------------------------------- pixels: torchvision's
+
+RESIZES = [
+    # image, box (top, left, height, width), out
+    ((32, 32), (3, 9, 16, 16), (32, 32)),
+    ((32, 32), (0, 0, 32, 32), (32, 32)),
+    ((375, 500), (41, 100, 137, 137), (64, 64)),
+    ((375, 500), (0, 0, 375, 500), (32, 48)),
+    ((375, 500), (374, 499, 1, 1), (8, 8)),
+    ((375, 500), (0, 0, 1, 500), (3, 7)),
+    ((375, 500), (10, 20, 64, 100), (64, 33)),
+    ((375, 500), (10, 20, 100, 33), (64, 33)),
+    ((31, 29), (1, 2, 29, 26), (17, 23)),
+    ((31, 29), (20, 22, 11, 7), (97, 101)),
+    ((1, 1), (0, 0, 1, 1), (1, 1)),
+    ((1, 1), (0, 0, 1, 1), (5, 4)),
+    ((5, 4), (0, 0, 5, 4), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("flip", [0, 1])
+def test_resize_is_torchvisions(interpolation: str, flip: int) -> None:
+    for (height, width), box, out in RESIZES:
+        for make in (photo, noise):
+            image = make(height, width)
+            row = view_row(image, flip=flip)
+            row[:4] = box
+            apart = difference(
+                ours(image, row, out, interpolation=interpolation),
+                theirs(image, row, out, interpolation),
+            )
+            assert apart <= (0 if exact_resize else 1), (height, width, box, out)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_resize_is_pillows_within_one(interpolation: str) -> None:
+    Image = pytest.importorskip("PIL.Image")
+    mode = InterpolationMode(interpolation)
+    for (height, width), (top, left, h, w), out in RESIZES:
+        image = photo(height, width)
+        row = view_row(image)
+        row[:4] = (top, left, h, w)
+        pil = F.resized_crop(Image.fromarray(image), top, left, h, w, list(out), mode)
+        apart = difference(ours(image, row, out, interpolation=interpolation), np.asarray(pil))
+        assert apart <= 1, (height, width, out)
+
+
+COLOURS = [
+    *({"brightness": x} for x in (0.0, 0.3, 0.999, 1.4, 2.0, 300.0)),
+    *({"contrast": x} for x in (0.0, 0.3, 0.999, 1.4, 2.0, 300.0)),
+    *({"saturation": x} for x in (0.0, 0.3, 0.999, 1.4, 2.0, 300.0)),
+    *({"hue": x} for x in (-0.5, -0.2, -1e-4, 0.0, 1e-4, 1 / 6, 0.37, 0.5)),
+]
+
+
+@pytest.mark.parametrize("columns", COLOURS, ids=str)
+def test_jitter_is_torchvisions_bit_for_bit(columns: dict[str, float]) -> None:
+    # One stage alone, over every kind of colour and over pictures that leave a ragged tail.
+    for image in (all_colours(), photo(31, 29), noise(1, 1)):
+        row = view_row(image, order=0, **columns)
+        assert (
+            difference(ours(image, row, image.shape[:2]), theirs(image, row, image.shape[:2])) == 0
+        )
+
+
+def test_jitter_orders_are_torchvisions() -> None:
+    image = photo(64, 64)
+    for order in range(24):
+        row = view_row(image, order=order, brightness=1.3, contrast=1.4, saturation=0.6, hue=0.15)
+        assert difference(ours(image, row, (64, 64)), theirs(image, row, (64, 64))) == 0, order
+
+
+def test_hue_of_zero_returns_the_pixels() -> None:
+    image = all_colours()
+    x = torch.from_numpy(image).permute(2, 0, 1)
+    assert torch.equal(F.adjust_hue(x, 0.0), x)  # so that the C++ path may skip it
+
+
+@pytest.mark.parametrize("image", [all_colours(), noise(31, 29)], ids=["colours", "noise"])
+def test_grayscale_and_solarize_are_torchvisions(image: np.ndarray) -> None:
+    size = image.shape[:2]
+    for columns in ({"gray": 1}, *({"solarize": t} for t in (0, 1, 127.5, 128, 255))):
+        row = view_row(image, **columns)
+        assert difference(ours(image, row, size), theirs(image, row, size)) == 0, columns
+
+
+@pytest.mark.parametrize("kernel", [0, 1, 3, 5, 23])
+def test_blur_is_torchvisions(kernel: int) -> None:
+    for size in ((64, 64), (33, 47), (12, 90)):
+        if kernel // 2 >= min(size):
+            continue
+        for sigma in (0.1, 2.0, 50.0):
+            image = photo(*size)
+            row = view_row(image, sigma=sigma)
+            apart = difference(
+                ours(image, row, size, blur_kernel=kernel),
+                theirs(image, row, size, "bilinear", kernel),
+            )
+            assert apart <= 1, (size, sigma)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (17, 23)], ids=str)
+def test_pipeline_is_torchvisions(size: tuple[int, int], interpolation: str) -> None:
+    images = [photo(32, 32), photo(375, 300, 1), photo(41, 77, 2), noise(50, 30)]
+    table = draw(images, patches=20, seed=size[0])
+    patches = _C.patch_views(images, table, size=size, interpolation=interpolation, dtype="uint8")
+    for p, b in np.ndindex(table.shape[:2]):
+        truth = theirs(images[b], table[p, b], size, interpolation)
+        assert difference(patches[p, b], truth) <= 1, table[p, b]
+
+
+# --------------------------------------------------------- pixels: all implementations, all types
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_reference_is_the_same(interpolation: str) -> None:
+    images = [photo(60, 90), noise(19, 33), noise(1, 1)]
+    table = draw(images, patches=30)
+    options: dict[str, Any] = {"size": (20, 24), "interpolation": interpolation}
+    options |= {"mean": MEAN, "std": STD}
+    tensors = [torch.from_numpy(image) for image in images]
+    bytes_apart = difference(
+        _C.patch_views(images, table, dtype="uint8", **options),
+        reference_views(tensors, torch.from_numpy(table), dtype=torch.uint8, **options)
+        .permute(0, 1, 3, 4, 2)
+        .numpy(),
+    )
+    assert bytes_apart <= 1
+    expected = reference_views(tensors, torch.from_numpy(table), **options)
+    assert expected[0].is_contiguous(memory_format=torch.channels_last)
+    actual = torch.from_numpy(_C.patch_views(images, table, **options)).permute(0, 1, 4, 2, 3)
+    assert (actual - expected).abs().max() <= 1.01 / 255 / min(STD)
+    assert (actual == expected).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("size", [(32, 32), (13, 21), (1, 1), (2, 9)], ids=str)
+def test_instruction_sets_agree_bitwise(size: tuple[int, int], baseline: None) -> None:
+    images = [photo(60, 90), noise(19, 33), noise(1, 1)]
+    table = draw(images, patches=40, blur_prob=0.3 if min(size) > 1 else 0)
+    for interpolation, dtype in (("bilinear", "float32"), ("bicubic", "uint8")):
+        options: dict[str, Any] = {"size": size, "interpolation": interpolation, "dtype": dtype}
+        _C.force_baseline_pixel_ops(True)
+        assert _C.pixel_ops_name() == "baseline"
+        slow = _C.patch_views(images, table, **options)
+        _C.force_baseline_pixel_ops(False)
+        assert np.array_equal(slow, _C.patch_views(images, table, **options))
+
+
+def test_float32_is_torchvisions_normalize() -> None:
+    image = noise(64, 64)
+    row = view_row(image)
+    patch = ours(image, row, (64, 64), dtype="float32", mean=MEAN, std=STD)
+    x = F.to_dtype(torch.from_numpy(image).permute(2, 0, 1), torch.float32, scale=True)
+    truth = F.normalize(x, list(MEAN), list(STD)).permute(1, 2, 0)
+    assert torch.allclose(torch.from_numpy(patch), truth, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("std", [STD, (1e-3, 1e4, 3e7)], ids=str)
+def test_half_types_are_float32_rounded(std: tuple[float, float, float]) -> None:
+    image = noise(64, 64)  # large and tiny std reach float16's infinity and subnormals
+    row = view_row(image)
+    full = torch.from_numpy(ours(image, row, (64, 64), dtype="float32", mean=MEAN, std=std))
+    half = torch.from_numpy(ours(image, row, (64, 64), dtype="float16", mean=MEAN, std=std))
+    bits = ours(image, row, (64, 64), dtype="bfloat16", mean=MEAN, std=std)
+    assert torch.equal(half, full.half())
+    assert torch.equal(torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16), full.bfloat16())
+
+
+def test_out_is_filled_and_strided_images_are_read() -> None:
+    image = photo(60, 90)
+    table = draw([image[:, 10:50]], patches=3)
+    packed = _C.patch_views([np.ascontiguousarray(image[:, 10:50])], table, size=(16, 16))
+    out = np.full((3, 1, 16, 16, 3), np.nan, dtype=np.float32)
+    result = _C.patch_views([image[:, 10:50]], table, size=(16, 16), out=out)
+    assert result is out and np.array_equal(out, packed)
+    assert _C.patch_views([], table[:, :0], size=(16, 16)).shape == (3, 0, 16, 16, 3)
+
+
+# ------------------------------------------------------------------------------------- the draws
+
+
+def test_philox_known_answers() -> None:
+    """kat_vectors of Random123 for philox4x32-10."""
+    ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    known = [
+        ([0] * 4, [0] * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ([ones] * 4, [ones] * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (list(pi), [0xA4093822, 0x299F31D0], (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ]
+    for counter, key, answer in known:
+        assert tuple(_C.philox4x32(counter, key)) == answer
+
+
+def test_a_view_is_a_function_of_its_key() -> None:
+    sizes = np.array([[100, 80]] * 6)
+
+    def table(images: list[int], patches: int = 4, seed: int = 7, epoch: int = 1) -> np.ndarray:
+        where = sizes[: len(images)]
+        return _C.draw_views(
+            [spec()], where, np.array(images), patches=patches, seed=seed, epoch=epoch
+        )
+
+    all_ = table([0, 1, 2, 3, 4, 5])
+    assert np.array_equal(all_[:, [4, 2]], table([4, 2]))  # not of the batch
+    assert np.array_equal(all_[:2], table([0, 1, 2, 3, 4, 5], patches=2))
+    for other in (
+        table([0], seed=8),
+        table([0], seed=7 + 2**40),
+        table([0], epoch=2),
+        table([2**40]),
+    ):
+        assert not (other == all_[:, :1]).all(axis=-1).any()
+    rows = all_.reshape(-1, 16)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+
+
+def test_changing_a_probability_moves_no_other_draw() -> None:
+    images = [noise(40, 50)] * 20
+    a, b = draw(images, 10), draw(images, 10, hflip=0.0, blur_prob=1.0, brightness=0.1)
+    same = [i for name, i in COLUMN.items() if name not in ("flip", "sigma", "brightness")]
+    assert np.array_equal(a[..., same], b[..., same])
+
+
+def test_slots_take_their_specs_in_turn() -> None:
+    sizes, index = np.array([[64, 64]] * 50), np.arange(50)
+    specs = [_C.AugmentSpec(), _C.AugmentSpec(hflip=1, solarize_prob=1, solarize_threshold=77)]
+    table = _C.draw_views(specs, sizes, index, patches=5, seed=0, epoch=0)
+    assert (table[0::2, :, 4] == 0).all() and (table[1::2, :, 4] == 1).all()
+    assert (table[0::2, :, 12] == 256).all() and (table[1::2, :, 12] == 77).all()
+
+
+def test_draws_have_the_right_distributions() -> None:
+    n = 20_000
+    table = draw([noise(300, 400)] * (n // 10), 10, seed=3).reshape(-1, 16).astype(np.float64)
+    column = {name: table[:, i] for name, i in COLUMN.items()}
+    jittered = column["order"] >= 0
+
+    def uniform(x: np.ndarray, low: float, high: float) -> None:
+        """Kolmogorov and Smirnov's distance, at a level of about 1e-4."""
+        x = np.sort((x - low) / (high - low))
+        assert x[0] >= -1e-3 and x[-1] <= 1 + 1e-3
+        grid = np.arange(len(x) + 1) / len(x)
+        distance = max((grid[1:] - x).max(), (x - grid[:-1]).max())
+        assert distance < 2.2 / math.sqrt(len(x))
+
+    for p, hits in (
+        (0.5, column["flip"]), (0.8, jittered), (0.2, column["gray"]),
+        (0.3, column["sigma"] > 0), (0.2, column["solarize"] == 100),
+    ):  # fmt: skip
+        assert abs(hits.mean() - p) < 4 * math.sqrt(p * (1 - p) / n)
+    for name in ("brightness", "contrast", "saturation"):
+        uniform(column[name][jittered], 0.2, 1.8)
+    uniform(column["hue"][jittered], -0.4, 0.4)
+    uniform(column["sigma"][column["sigma"] > 0], 0.1, 2.0)
+    counts = np.bincount(column["order"][jittered].astype(int), minlength=24)
+    expected = jittered.sum() / 24
+    assert ((counts - expected) ** 2 / expected).sum() < 60  # chi-square, 23 degrees of freedom
+
+    # Boxes: inside, area and ratio as asked up to the rounding of the sides, corners anywhere.
+    top, left, h, w = (column[name] for name in ("top", "left", "height", "width"))
+    assert (top >= 0).all() and (left >= 0).all() and (h >= 1).all() and (w >= 1).all()
+    assert (top + h <= 300).all() and (left + w <= 400).all()
+    small = h * w < 0.4 * 300 * 400  # below, no box is ever rejected
+    uniform((h * w)[small], 0.05 * 300 * 400, 0.4 * 300 * 400)
+    uniform(np.log(w / h)[small], math.log(3 / 4) - 0.01, math.log(4 / 3) + 0.01)
+    uniform(((top + 0.5) / (300 - h + 1))[small], 0, 1)
+    uniform(((left + 0.5) / (400 - w + 1))[small], 0, 1)
+
+
+def test_boxes_that_never_fit_become_central() -> None:
+    wide, tall = noise(10, 100), noise(100, 10)
+    options = {"scale": (1, 1), "ratio": (3 / 4, 4 / 3)}
+    assert draw([wide, tall], 5, **options)[:, 0, :4].tolist() == [[0, 43, 10, 13]] * 5
+    assert draw([wide, tall], 5, **options)[:, 1, :4].tolist() == [[43, 0, 13, 10]] * 5
+    assert draw([noise(1, 1)], 5)[:, 0, :4].tolist() == [[0, 0, 1, 1]] * 5
+
+
+def test_grid_and_center_boxes() -> None:
+    sizes = np.array([[100, 200], [32, 32], [1, 1]])
+    quarter = _C.AugmentSpec(scale=(0.2, 0.3), hflip=1, jitter_prob=1)
+    grid = _C.grid_views(quarter, sizes, patches=9)
+    assert grid.shape == (9, 3, 16) and (grid[..., 4:] == np.array(PLAIN[4:])).all()
+    assert grid[:, 0, 2:4].tolist() == [[71, 71]] * 9
+    assert grid[:, 0, :2].tolist() == [[y, x] for y in (0, 15, 29) for x in (0, 65, 129)]
+    assert grid[:, 1, :2].tolist() == [[y, x] for y in (0, 8, 16) for x in (0, 8, 16)]
+    assert grid[:, 2, :4].tolist() == [[0, 0, 1, 1]] * 9
+    assert _C.grid_views(quarter, sizes, patches=1)[0, :, :2].tolist() == [[14, 64], [8, 8], [0, 0]]
+    center = _C.center_views(sizes)[0, :, :4].tolist()
+    assert center == [[0, 50, 100, 100], [0, 0, 32, 32], [0, 0, 1, 1]]
+
+
+# ------------------------------------------------------------------------------------- the errors
+
+BAD_COLUMNS = [
+    ({"top": 1}, "no box of whole pixels inside the image of 20 x 30"),
+    ({"left": -1}, "no box"),
+    ({"height": 0}, "no box"),
+    ({"width": 2.5}, "no box"),
+    ({"top": math.nan}, "no box"),
+    ({"width": math.inf}, "no box"),
+    ({"flip": 2}, "flip"),
+    ({"gray": math.nan}, "grayscale"),
+    ({"order": 24}, "order"),
+    ({"order": 0.5}, "order"),
+    ({"order": 0, "brightness": -0.1}, "brightness"),
+    ({"order": 0, "contrast": math.nan}, "contrast"),
+    ({"order": 0, "saturation": math.inf}, "saturation"),
+    ({"order": 0, "hue": 0.6}, "hue"),
+    ({"sigma": -1}, "blur_sigma"),
+    ({"sigma": math.nan}, "blur_sigma"),
+    ({"solarize": math.nan}, "solarize"),
+    ({"solarize": -1}, "solarize"),
+]
+
+
+@pytest.mark.parametrize(("columns", "text"), BAD_COLUMNS, ids=str)
+def test_bad_parameters_are_named(columns: dict[str, float], text: str) -> None:
+    image = noise(20, 30)
+    with pytest.raises(ValueError, match=text):
+        ours(image, view_row(image, **columns), (8, 8))
+
+
+def test_a_blur_wider_than_the_patch_is_an_error_as_in_torchvision() -> None:
+    image = noise(20, 30)
+    row = view_row(image, sigma=1)
+    ours(image, row, (4, 4), blur_kernel=7)
+    with pytest.raises(ValueError, match="smaller blur_kernel"):
+        ours(image, row, (3, 9), blur_kernel=7)
+    with pytest.raises(RuntimeError):
+        theirs(image, row, (3, 9), blur_kernel=7)
+
+
+BAD_OPTIONS = [
+    ({"size": (0, 8)}, "patch size"),
+    ({"interpolation": "nearest"}, "'bilinear' or 'bicubic'"),
+    ({"blur_kernel": 4}, "odd"),
+    ({"blur_kernel": -3}, "odd"),
+    ({"std": (1, 0, 1)}, "std > 0"),
+    ({"mean": (0, math.nan, 0)}, "mean"),
+    ({"dtype": "float64"}, "float32"),
+    ({"out": np.empty((1, 1, 8, 8, 3), np.float64)}, "out is float64"),
+    ({"out": np.empty((1, 2, 8, 8, 3), np.float32)}, "wanted contiguous"),
+    ({"images": [np.zeros((20, 30), np.uint8)]}, r"wanted uint8 \[H, W, 3\]"),
+    ({"images": [np.zeros((20, 30, 3), np.float32)]}, "float32"),
+    ({"images": [np.zeros((3, 20, 30), np.uint8).transpose(1, 2, 0)]}, "contiguous"),
+    ({"images": [np.zeros((0, 30, 3), np.uint8)]}, "uint8"),
+    ({"params": np.zeros((1, 2, 16), np.float32)}, r"wanted \[P, B, 16\]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD_OPTIONS, ids=lambda x: str(x)[:40])
+def test_bad_options_are_named(changes: dict[str, Any], text: str) -> None:
+    image = noise(20, 30)
+    call = {"images": [image], "params": view_row(image)[None, None], "size": (8, 8), **changes}
+    with pytest.raises(ValueError, match=text):
+        _C.patch_views(call.pop("images"), call.pop("params"), **call)
+
+
+BAD_SPECS = [
+    {"scale": (0.5, 0.2)},
+    {"scale": (0, 1)},
+    {"scale": (0.1, 2)},
+    {"ratio": (0, 1)},
+    {"hflip": 1.5},
+    {"hue": 0.6},
+    {"brightness": -1},
+    {"blur_sigma": (0, 1)},
+    {"jitter_prob": math.nan},
+    {"solarize_threshold": 300},
+]
+
+
+@pytest.mark.parametrize("changes", BAD_SPECS, ids=str)
+def test_bad_specs_are_named(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        spec(**changes)
+
+
+def test_bad_draws_are_named() -> None:
+    sizes, index = np.array([[4, 5]]), np.array([0])
+    with pytest.raises(ValueError, match="0 x 5"):
+        _C.draw_views([spec()], np.array([[0, 5]]), index, patches=1, seed=0, epoch=0)
+    with pytest.raises(ValueError, match=r"epoch < 2\^32"):
+        _C.draw_views([spec()], sizes, index, patches=1, seed=0, epoch=2**32)
+    with pytest.raises(ValueError, match="no AugmentSpec"):
+        _C.draw_views([], sizes, index, patches=1, seed=0, epoch=0)
+    with pytest.raises(ValueError, match="images has shape"):
+        _C.draw_views([spec()], sizes, np.array([0, 1]), patches=1, seed=0, epoch=0)
+    with pytest.raises(ValueError, match="square number"):
+        _C.grid_views(spec(), sizes, patches=8)
