@@ -89,6 +89,15 @@ def test_links_in_a_circle_end(tmp_path):
     assert len(open_source(tmp_path)) == 1
 
 
+def test_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(picture()))
+    source = open_source(tmp_path)
+    (tmp_path / "a.jpg").unlink()
+    (tmp_path / "a.jpg").mkdir()
+    with pytest.raises(ImageError, match=r"a\.jpg: not a regular file"):
+        source.decode(0)
+
+
 def test_missing_labels_are_an_error_or_left_out(tmp_path):
     (tmp_path / "cat").mkdir()
     for name in ("cat/a.jpg", "stray.jpg"):

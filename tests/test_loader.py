@@ -1,0 +1,697 @@
+"""BagLoader by what can go wrong: bad files, order, resuming, threads, fork, leaks, arguments."""
+
+import dataclasses
+import gc
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import weakref
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bagssl_fast import _C
+from bagssl_fast.augment import Augment
+from bagssl_fast.data import BagLoader, ImageError, open_source
+from bagssl_fast.data.order import batch_ends, epoch_rows, num_batches
+
+AUGMENT = Augment(size=8, blur_kernel=3)
+PLAIN = Augment.none(size=8, scale=(0.3, 0.9), ratio=(0.7, 1.4))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def pictures(count: int = 24, height: int = 20, width: int = 26) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
+
+
+def jpeg(pixels: np.ndarray, **options) -> bytes:
+    """Grey, RGB or, of four channels, CMYK."""
+    out = io.BytesIO()
+    image = Image.fromarray(pixels)
+    if image.mode == "RGBA":
+        image = Image.frombytes("CMYK", image.size, pixels.tobytes())
+    image.save(out, "JPEG", **{"quality": 90, **options})
+    return out.getvalue()
+
+
+@pytest.fixture
+def array_source():
+    return open_source(pictures(), labels=np.arange(24) % 5)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """24 JPEGs and PNGs in three classes."""
+    for i, pixels in enumerate(pictures()):
+        path = tmp_path / "set" / "abc"[i % 3] / f"{i:02d}.{'png' if i % 4 == 3 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "set"
+
+
+def make(source, **options) -> BagLoader:
+    defaults = {"batch_size": 4, "patches": 3, "augment": AUGMENT, "num_threads": 2}
+    return BagLoader(source, **{**defaults, **options})
+
+
+def bags(loader: BagLoader) -> dict[int, torch.Tensor]:
+    """One epoch's bags by index."""
+    result = {}
+    for batch in loader:
+        for row, index in enumerate(batch.index.tolist()):
+            assert index not in result
+            result[index] = batch.patches[:, row].clone()
+    return result
+
+
+def same(one: dict[int, torch.Tensor], other: dict[int, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for index, bag in one.items():
+        torch.testing.assert_close(bag, other[index], rtol=0, atol=0)
+
+
+# What a batch is
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "uint8"])
+def test_batch_has_the_documented_shape_and_memory(array_source, dtype):
+    with make(array_source, dtype=dtype) as loader:
+        batch = next(iter(loader))
+    assert batch.patches.shape == (3, 4, 3, 8, 8) and batch.patches.dtype == getattr(torch, dtype)
+    flat = batch.patches.reshape(12, 3, 8, 8)
+    assert flat.data_ptr() == batch.patches.data_ptr()
+    assert flat.is_contiguous(memory_format=torch.channels_last)
+    assert batch.labels.tolist() == [i % 5 for i in batch.index.tolist()]
+
+
+def test_patches_are_those_of_the_public_calls(folder):
+    source = open_source(folder)
+    specs = [AUGMENT, PLAIN]
+    fields = [f.name for f in dataclasses.fields(Augment)]
+    names = [n for n in fields if n not in ("size", "interpolation", "blur_kernel", "mean", "std")]
+    with make(source, augment=specs, patches=4, seed=5, drop_last=False) as loader:
+        loader.set_epoch(3)
+        got = bags(loader)
+    for index in range(len(source)):
+        image = source.decode(index)
+        table = _C.draw_views(
+            [_C.AugmentSpec(**{n: getattr(a, n) for n in names}) for a in specs],
+            np.array([image.shape[:2]]),
+            np.array([index]),
+            patches=4,
+            seed=5,
+            epoch=3,
+        )
+        for p in range(4):
+            a = specs[p % 2]
+            patch = _C.patch_views(
+                [image],
+                table[p : p + 1],
+                size=(8, 8),
+                blur_kernel=a.blur_kernel,
+                mean=a.mean,
+                std=a.std,
+            )[0, 0]
+            np.testing.assert_array_equal(got[index][p].permute(1, 2, 0).numpy(), patch)
+
+
+def test_batch_stays_while_the_next_one_is_taken_and_clone_stays_for_ever(array_source):
+    with make(array_source, batch_size=2) as loader:
+        previous, kept = None, []
+        for batch in loader:
+            if previous is not None:
+                torch.testing.assert_close(previous[0].patches, previous[1].patches)
+            previous = batch, batch.clone()
+            kept.append(previous[1])
+        fresh = make(array_source, batch_size=2)
+        for batch, clone in zip(fresh, kept, strict=True):
+            torch.testing.assert_close(batch.patches, clone.patches, rtol=0, atol=0)
+        fresh.close()
+
+
+def test_unlabelled_images_have_label_minus_one():
+    with make(open_source(pictures())) as loader:
+        assert next(iter(loader)).labels.tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("sampler", ["grid", "center"])
+def test_evaluation_samplers_do_not_augment(array_source, sampler):
+    patches = {"grid": 4, "center": 1}[sampler]
+    options = {"sampler": sampler, "patches": patches, "shuffle": False, "drop_last": False}
+    with make(array_source, **options, seed=1) as one, make(array_source, **options, seed=2) as two:
+        same(bags(one), bags(two))
+        index = [i for batch in one for i in batch.index.tolist()]
+    assert index == list(range(24))
+
+
+def test_fixed_patch_larger_than_the_image_is_the_largest_that_fits():
+    with make(
+        open_source(pictures(4, 3, 50)), augment=dataclasses.replace(PLAIN, scale=(1, 1))
+    ) as loader:
+        assert torch.isfinite(next(iter(loader)).patches).all()
+
+
+# The same bags, whoever makes them
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 8])
+@pytest.mark.parametrize("batch_size", [1, 5, 24])
+def test_same_bags_for_any_threads_and_batch_size(folder, num_threads, batch_size):
+    source = open_source(folder)
+    with make(source, num_threads=1, drop_last=False) as loader:
+        expected = bags(loader)
+    options = {"num_threads": num_threads, "batch_size": batch_size, "drop_last": False}
+    with make(source, **options) as loader:
+        same(bags(loader), expected)
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_together_make_the_batches_of_one(array_source, world_size, drop_last):
+    whole = make(array_source, batch_size=2 * world_size, drop_last=drop_last)
+    ranks = [
+        make(array_source, batch_size=2, rank=r, world_size=world_size, drop_last=drop_last)
+        for r in range(world_size)
+    ]
+    assert {len(rank) for rank in ranks} == {len(whole)}
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        together = torch.cat([part.patches for part in parts], dim=1)
+        torch.testing.assert_close(together, batch.patches, rtol=0, atol=0)
+        assert torch.cat([part.index for part in parts]).tolist() == batch.index.tolist()
+
+
+def test_every_image_once_and_ranks_step_together_for_any_counts():
+    for images in (1, 2, 5, 12, 17):
+        for world in (1, 2, 3):
+            for size in (1, 2, 4):
+                rows = np.arange(images)
+                total = num_batches(images, size * world, drop_last=False)
+                parts = [batch_ends(rows, total, size, r, world, False) for r in range(world)]
+                assert all(len(ends) == total for _, ends in parts)
+                assert sorted(np.concatenate([mine for mine, _ in parts])) == rows.tolist()
+                assert all(np.diff(ends, prepend=0).max() <= size for _, ends in parts)
+
+
+def test_epochs_and_seeds_change_order_and_bags(array_source):
+    orders = {
+        (seed, epoch): tuple(epoch_rows(np.arange(24), seed, epoch, True))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(set(orders.values())) == 4
+    assert all(sorted(order) == list(range(24)) for order in orders.values())
+    with make(array_source, drop_last=False) as loader:
+        first, second = bags(loader), bags(loader)
+        loader.set_epoch(0)
+        same(bags(loader), first)
+    assert any(not torch.equal(first[i], second[i]) for i in range(24))
+
+
+def test_order_is_this_for_ever():
+    # A change here breaks the resuming of everybody's runs.
+    assert epoch_rows(np.arange(10), 0, 0, True).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert epoch_rows(np.arange(10), 7, 3, True).tolist() == [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
+
+
+def test_global_generators_are_left_alone(array_source):
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = torch.get_rng_state().clone(), np.random.get_state()[1].copy()
+    with make(array_source) as loader:
+        list(loader)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all()
+
+
+def test_subset_of_indices(array_source):
+    with make(array_source, indices=[3, 9, 4, 20], batch_size=2) as loader:
+        assert sorted(bags(loader)) == [3, 4, 9, 20]
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 6])
+def test_resume_mid_epoch_gives_the_same_remaining_batches(array_source, taken):
+    with make(array_source) as loader:
+        loader.set_epoch(2)
+        expected = [batch.clone() for batch in loader] + [batch.clone() for batch in loader]
+    with make(array_source) as loader:
+        loader.set_epoch(2)
+        iterator = iter(loader)
+        for _ in range(taken):
+            next(iterator)
+        state = loader.state_dict()
+    assert (state["epoch"], state["step"]) == (2, taken)
+    for _ in range(2):  # twice: from the state, and from a state of the resumed one
+        loader = make(array_source, num_threads=1)
+        loader.load_state_dict(state)
+        loader.set_epoch(loader.state_dict()["epoch"])  # as trainers do
+        state = loader.state_dict()
+        rest = [batch.clone() for _ in range(2) for batch in loader][: len(expected) - taken]
+        loader.close()
+        for batch, other in zip(rest, expected[taken:], strict=True):
+            assert batch.index.tolist() == other.index.tolist()
+            torch.testing.assert_close(batch.patches, other.patches, rtol=0, atol=0)
+
+
+def test_state_of_other_settings_is_refused(array_source):
+    state = make(array_source).state_dict()
+    with pytest.raises(ValueError, match=r"seed was 0, is 1.*settings"):
+        make(array_source, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="source was"):
+        make(open_source(pictures(24, 9, 9))).load_state_dict(state)
+    with pytest.raises(ValueError, match="step 99"):
+        make(array_source).load_state_dict({**state, "step": 99})
+    # The world may change as long as the global batch does not.
+    make(array_source, batch_size=2, world_size=2).load_state_dict(state)
+
+
+# Bad files
+
+
+def exif_rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return jpeg(pictures(1)[0], exif=exif.tobytes())
+
+
+def png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG header of 100,000 x 100,000 pixels."""
+    data = bytearray(png(pictures(1)[0]))
+    data[16:24] = (100_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+BAD = {
+    "truncated": (lambda: jpeg(pictures(1, 90, 90)[0])[:-1500], "truncated JPEG|truncated"),
+    "truncated_png": (lambda: png(pictures(1)[0])[:-400], "truncated"),
+    "only_a_header": (lambda: jpeg(pictures(1)[0])[:50], "truncated|not an image"),
+    "zero_bytes": (lambda: b"", "empty"),
+    "text": (lambda: b"this is no image", "not an image"),
+    "noise_after_start": (lambda: b"\xff\xd8\xff" + bytes(200), "JPEG|not an image"),
+    "bomb": (bomb, "100000 x 100000 pixels is over the limit|bomb"),
+    "unreadable": (None, "cannot open the file: No such file"),
+}
+GOOD = {
+    "cmyk": lambda: jpeg(np.asarray(Image.fromarray(pictures(1)[0]).convert("CMYK"))),
+    "grey": lambda: jpeg(pictures(1)[0, ..., 0]),
+    "exif_rotated": exif_rotated,
+    "1x1": lambda: jpeg(np.full((1, 1, 3), 200, np.uint8)),
+    "1xN": lambda: jpeg(np.full((1, 300, 3), 200, np.uint8)),
+    "65500_wide": lambda: jpeg(np.full((2, 65_500, 3), 60, np.uint8)),
+    "progressive": lambda: jpeg(pictures(1)[0], progressive=True),
+    "rgba": lambda: png(np.full((9, 9, 4), 50, np.uint8)),
+    "png_named_jpg": lambda: png(pictures(1)[0]),
+}
+
+
+def plant(folder: Path, contents) -> Path:
+    """Puts a file, or a link that leads nowhere, in the place of image 5 of 24."""
+    path = sorted((folder / "a").iterdir())[5]
+    path.unlink()
+    if contents is None:
+        path.symlink_to(folder / "gone")
+    else:
+        path.write_bytes(contents())
+    return path
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_file_is_an_error_with_name_and_reason(folder, kind):
+    contents, reason = BAD[kind]
+    path = plant(folder, contents)
+    with make(folder, drop_last=False) as loader, pytest.raises(ImageError, match=reason) as error:
+        list(loader)
+    assert error.value.name == str(path) and str(path) in str(error.value)
+    assert 'on_error="skip"' in str(error.value)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_file_is_replaced_the_same_way_by_any_threads(folder, kind):
+    contents, reason = BAD[kind]
+    path = plant(folder, contents)
+    runs = []
+    for num_threads, batch_size in ((1, 4), (3, 6)):
+        options = {"num_threads": num_threads, "batch_size": batch_size, "shuffle": False}
+        with make(folder, on_error="skip", **options) as loader:
+            batches = [batch.clone() for batch in loader]
+            list(loader)
+            assert [name for name, _ in loader.skipped] == [str(path)]  # once, for two epochs
+            assert re.search(reason, loader.skipped[0][1])
+        runs.append(torch.cat([batch.patches for batch in batches], dim=1))
+        index = torch.cat([batch.index for batch in batches]).tolist()
+        assert index == [0, 1, 2, 3, 4, 6, 6, *range(7, 24)]
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("kind", GOOD)
+def test_odd_but_good_file_is_used(folder, kind, on_error):
+    plant(folder, GOOD[kind])
+    with make(folder, drop_last=False, on_error=on_error) as loader:
+        assert len(bags(loader)) == 24
+        assert loader.skipped == []
+
+
+def test_exif_rotation_reaches_the_patches(folder):
+    plant(folder, exif_rotated)
+    source = open_source(folder)
+    assert source.decode(5).shape == (26, 20, 3)
+    upright = open_source(source.decode(5)[None])
+    options = {"patches": 1, "sampler": "center", "shuffle": False, "batch_size": 1}
+    with make(source, indices=[5], **options) as one, make(upright, **options) as two:
+        assert torch.equal(next(iter(one)).patches, next(iter(two)).patches)
+
+
+def test_images_over_max_pixels_count_as_bad(folder):
+    with make(folder, max_pixels=519) as loader, pytest.raises(ImageError, match=r"26 x 20 .*519"):
+        list(loader)
+    with make(folder, max_pixels=520) as loader:
+        list(loader)
+
+
+def test_bad_replacement_is_replaced_in_turn_and_subset_is_kept(tmp_path):
+    files = [b"" if i in (2, 3) else jpeg(p) for i, p in enumerate(pictures(6))]
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for i, data in enumerate(files):
+            info = tarfile.TarInfo(f"{i}.jpg")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    options = {"on_error": "skip", "shuffle": False, "batch_size": 1}
+    with make(tmp_path / "set.tar", **options) as loader:
+        assert [int(b.index) for b in loader] == [0, 1, 4, 4, 4, 5]
+    with make(tmp_path / "set.tar", indices=[1, 2, 3], **options) as loader:
+        assert [int(b.index) for b in loader] == [1, 1, 1]  # round, within the subset
+    every_one_bad = pytest.raises(ImageError, match=r"none of the 2 images .* can be decoded")
+    with make(tmp_path / "set.tar", indices=[2, 3], **options) as loader, every_one_bad:
+        list(loader)
+
+
+def test_first_bad_image_of_the_batch_is_told_whatever_thread_was_first(folder):
+    for path in sorted((folder / "a").iterdir())[2:]:
+        path.write_bytes(b"")
+    for _ in range(5):
+        loader = make(folder, shuffle=False, batch_size=24, num_threads=4)
+        with loader, pytest.raises(ImageError) as error:
+            next(iter(loader))
+        assert error.value.name.endswith("a/06.jpg")
+
+
+def test_loader_goes_on_after_an_error(folder):
+    plant(folder, lambda: b"")
+    with make(folder, shuffle=False, batch_size=4) as loader:
+        for _ in range(2):
+            with pytest.raises(ImageError):
+                list(loader)
+            loader.set_epoch(0)
+
+
+# Threads, processes, memory
+
+
+def threads_now() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_breaking_out_early_stops_the_threads(array_source):
+    loader = make(array_source, num_threads=4)
+    before = threads_now()
+    for _ in loader:
+        assert threads_now() >= before
+        break
+    gc.collect()
+    assert threads_now() == before
+    assert loader.state_dict()["step"] == 1
+    iterator = iter(loader)
+    next(iterator)
+    assert threads_now() == before + 4
+    loader.close()
+    assert threads_now() == before
+
+
+def test_close_is_final_and_may_be_repeated(array_source):
+    loader = make(array_source)
+    batch = next(iter(loader))
+    loader.close()
+    loader.close()
+    assert torch.isfinite(batch.patches).all()  # the memory is the batch's own now
+    assert loader.skipped == []
+    with pytest.raises(RuntimeError, match="closed"):
+        iter(loader)
+
+
+def test_second_iteration_ends_the_first(array_source):
+    with make(array_source) as loader:
+        first, second = iter(loader), iter(loader)
+        next(second)
+        with pytest.raises(RuntimeError, match="another one"):
+            next(first)
+        assert len(list(second)) == len(loader) - 1
+
+
+def test_exception_in_the_loop_leaves_nothing_behind(array_source):
+    before = threads_now()
+    loader = make(array_source)
+    reference = weakref.ref(loader)
+    with pytest.raises(KeyError), loader:
+        for _ in loader:
+            raise KeyError
+    del loader
+    gc.collect()
+    assert reference() is None and threads_now() == before
+
+
+def test_dropped_loader_ends_its_threads_though_they_wait_for_the_gil(folder):
+    before = threads_now()
+    for _ in range(5):
+        iterator = iter(make(folder, batches_ahead=3))  # with PNGs, decoded under the GIL
+        next(iterator)
+        del iterator
+    gc.collect()
+    assert threads_now() == before
+
+
+def test_memory_is_flat_over_1000_epochs(folder):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    source = open_source(folder)
+    with make(source, batch_size=8, patches=2) as loader:
+        for _ in range(150):
+            for _ in loader:
+                pass
+        gc.collect()
+        before, descriptors = resident(), len(os.listdir("/proc/self/fd"))
+        for _ in range(1000):
+            for _ in loader:
+                pass
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert resident() - before < 4 << 20
+
+
+def test_memory_is_flat_over_many_loaders(folder):
+    source = open_source(folder)
+
+    def use() -> None:
+        for batch in make(source, batch_size=8, patches=2):
+            del batch
+            break
+
+    for _ in range(20):
+        use()
+    gc.collect()
+    before, threads = len(gc.get_objects()), threads_now()
+    for _ in range(50):
+        use()
+    gc.collect()
+    assert threads_now() == threads and len(gc.get_objects()) - before < 100
+
+
+def test_fork_in_the_middle_of_an_epoch(folder):
+    with make(folder, shuffle=False) as loader:
+        expected = [batch.index.tolist() for batch in loader]
+        loader.set_epoch(0)
+        iterator = iter(loader)
+        next(iterator)
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(20)
+                rest = [batch.index.tolist() for batch in iterator]
+                again = len(list(loader))
+                os.write(writer, repr((rest, again)).encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            text = pipe.read()
+        os.waitpid(child, 0)
+        assert text == repr((expected[1:], len(expected)))
+        assert [batch.index.tolist() for batch in iterator] == expected[1:]
+
+
+def test_decoding_pool_after_fork():
+    files = [jpeg(p) for p in pictures(8)]
+    total = _C.decode_many(files, 2, None, 10**6) if _C.HAS_JPEG else None
+    if total is None:
+        pytest.skip("built without libjpeg-turbo")
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if _C.decode_many(files, 2, None, 10**6) == total else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_interpreter_ends_while_threads_decode(folder):
+    code = (
+        "import sys\nfrom bagssl_fast.augment import Augment\n"
+        "from bagssl_fast.data import BagLoader\n"
+        f"loader = BagLoader({str(folder)!r}, 4, 3, Augment(size=8), num_threads=3)\n"
+        "iterator = iter(loader)\nnext(iterator)\nprint('end')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_waiting_for_a_batch_can_be_interrupted(array_source, monkeypatch):
+    release = threading.Event()
+
+    def slow(data, max_pixels):
+        release.wait(1.5)  # all of the batch: 18 seconds
+        return np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr("bagssl_fast.data.loader.decode_image", slow)
+    source = open_source(pictures())
+    source.native = _C.FileSource([os.fsencode(__file__)] * 24)
+    with make(source, batch_size=24) as loader:
+        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        begin = time.perf_counter()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                next(iter(loader))
+            assert time.perf_counter() - begin < 10
+        finally:
+            release.set()
+            timer.join()
+
+
+def test_data_wait_counts_what_the_consumer_waited(folder):
+    with make(folder) as loader:
+        assert loader.data_wait == 0
+        list(loader)
+        total = loader.data_wait
+        assert total > 0
+        iterator = iter(loader)
+        time.sleep(0.3)  # the first batches are ready by now
+        waited = loader.data_wait
+        next(iterator)
+        assert loader.data_wait - waited < 0.2
+
+
+def test_no_more_than_batches_ahead_are_made(monkeypatch):
+    made = []
+
+    def counting(data, max_pixels):
+        made.append(1)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr("bagssl_fast.data.loader.decode_image", counting)
+    source = open_source(pictures())
+    source.native = _C.FileSource([os.fsencode(__file__)] * 24)
+    with make(source, batch_size=2, batches_ahead=3) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        time.sleep(0.3)
+        assert 2 * (1 + 3) <= len(made) <= 2 * (1 + 4)
+
+
+def test_torch_threads_are_left_alone(array_source):
+    before = torch.get_num_threads()
+    with make(array_source, num_threads=5) as loader:
+        list(loader)
+    assert torch.get_num_threads() == before
+
+
+def test_pinning_without_cuda_is_nothing(array_source):
+    with make(array_source, pin_memory=True) as loader:
+        assert next(iter(loader)).patches.is_pinned() == torch.cuda.is_available()
+
+
+# Options
+
+
+def test_fast_decode_is_close_and_off_by_default(tmp_path):
+    y, x = np.mgrid[:400, :500]
+    smooth = np.stack([128 + 90 * np.sin(y / 60), 128 + 90 * np.cos(x / 50), x / 2], -1)
+    (tmp_path / "a.jpg").write_bytes(jpeg(smooth.astype(np.uint8), quality=95))
+    augment = dataclasses.replace(PLAIN, size=32, mean=(0, 0, 0), std=(1, 1, 1))
+    options = {"augment": augment, "batch_size": 1, "patches": 5}
+    with make(tmp_path, **options) as loader, make(tmp_path, fast_decode=True, **options) as fast:
+        exact, scaled = next(iter(loader)).patches, next(iter(fast)).patches
+    assert (exact - scaled).abs().mean() < 0.02
+    if _C.HAS_JPEG:
+        assert not torch.equal(exact, scaled)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"patches": 0}, "patches=0: at least 1"),
+        ({"batch_size": 0}, "batch_size=0: at least 1"),
+        ({"batch_size": 2.5}, "batch_size=2.5: a whole number"),
+        ({"batch_size": 25}, r"24 images do not fill one batch.*drop_last=False"),
+        ({"num_threads": -1}, "num_threads=-1"),
+        ({"batches_ahead": 0}, "batches_ahead=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"rank": 2, "world_size": 2}, "rank=2 of world_size=2"),
+        ({"sampler": "spiral"}, "sampler='spiral' is unknown: random, grid or center"),
+        ({"sampler": "grid", "patches": 20}, "square number is wanted, 16 or 25"),
+        ({"sampler": "center", "patches": 2}, "set 1"),
+        ({"dtype": "float64"}, "dtype='float64' is unknown: float32"),
+        ({"on_error": "ignore"}, "on_error='ignore' is unknown"),
+        ({"indices": [24]}, "24 images, counted from 0"),
+        ({"indices": []}, "at least one"),
+        ({"augment": ()}, "at least one"),
+        ({"augment": (AUGMENT, Augment(size=9))}, r"sizes \[8, 9\]"),
+        ({"augment": dataclasses.replace(AUGMENT, interpolation="cubic")}, "'cubic' is unknown"),
+        ({"augment": dataclasses.replace(AUGMENT, scale=(0.5, 0.2))}, "scale"),
+        ({"augment": dataclasses.replace(AUGMENT, size=0)}, "0"),
+        ({"augment": dataclasses.replace(AUGMENT, blur_kernel=4)}, "4"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_wrong_argument_is_named(array_source, options, text):
+    with pytest.raises(ValueError, match=text):
+        make(array_source, **options)
+
+
+def test_set_epoch_counts_from_zero(array_source):
+    with pytest.raises(ValueError, match="epoch=-1"):
+        make(array_source).set_epoch(-1)
