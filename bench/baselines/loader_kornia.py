@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import kornia.augmentation as k
 import numpy as np
@@ -12,9 +13,9 @@ import torch
 from baselines.loader import Job
 
 
-def batched(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
-    torch.set_num_threads(job.threads)
-    a = job.augment
+def pipeline(augment: Any) -> k.AugmentationSequential:
+    """The augmentation in kornia's words, on float images in 0..1."""
+    a = augment
     size = (a.size, a.size)
     steps = [
         k.RandomResizedCrop(size, scale=a.scale, ratio=a.ratio, cropping_mode="resample"),
@@ -31,7 +32,12 @@ def batched(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
         at = a.solarize_threshold / 255
         steps.append(k.RandomSolarize((at, at), (0.0, 0.0), p=a.solarize_prob))
     normalize = k.Normalize(torch.tensor(a.mean), torch.tensor(a.std))
-    pipeline = k.AugmentationSequential(*steps, normalize, data_keys=["input"])
+    return k.AugmentationSequential(*steps, normalize, data_keys=["input"])
+
+
+def batched(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
+    torch.set_num_threads(job.threads)
+    transform = pipeline(job.augment)
     files = job.files()
 
     def decode(path: str) -> torch.Tensor:
@@ -53,6 +59,6 @@ def batched(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
                 start += 1
             images = torch.stack(group).float().div_(255)
             with torch.inference_mode():
-                yield pipeline(images.repeat(job.patches, 1, 1, 1))
+                yield transform(images.repeat(job.patches, 1, 1, 1))
 
     return batches

@@ -1,0 +1,207 @@
+"""bagssl_fast as a system of `throughput.py`: patch by patch, dense, and their variants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from _cases import Case
+from baselines.step import Setup, System
+from torch import Tensor, nn
+
+from bagssl_fast import ops
+from bagssl_fast.data import BagLoader
+from bagssl_fast.encoders import EMPHead, Projector, build_encoder
+from bagssl_fast.losses import build_loss
+from bagssl_fast.model import BagModel
+from bagssl_fast.optim import build_optimizer
+
+
+def our_model(case: Case, dense: bool = False) -> BagModel:
+    """The model of a case, its weights drawn from seed 0."""
+    torch.manual_seed(0)
+    backbone: Any = build_encoder(case.encoder, case.patch, case.width)
+    hidden, out = case.head["hidden"], case.head["out"]
+    head: Projector | EMPHead
+    if case.head["name"] == "emp":
+        head = EMPHead(backbone.feature_dim, hidden, hidden, out)
+    else:
+        head = Projector(
+            backbone.feature_dim,
+            hidden,
+            out,
+            case.head["num_layers"],
+            normalize=case.loss == "emp_ssl",
+        )
+    return BagModel(backbone, head, dense, case.stride if dense else None)
+
+
+def initial_weights(case: Case) -> list[Tensor]:
+    return [p.detach() for p in our_model(case).parameters()]
+
+
+class Ours(System):
+    """Every patch with an augmentation of its own."""
+
+    name = "bagssl_fast"
+    dense: ClassVar[bool] = False
+    compile: ClassVar[bool] = False
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.forward: Any = torch.compile(self.model) if self.compile else self.model
+        self.bag_loss = build_loss(self.case.loss)
+        on_gpu = setup.device == "cuda"
+        self.loader = self.open_loader(
+            dtype="bfloat16" if on_gpu else "float32", pin_memory=on_gpu
+        )
+
+    def open_loader(self, **options: Any) -> BagLoader:
+        return BagLoader(
+            self.setup.images.source,
+            batch_size=self.case.batch,
+            patches=1 if self.dense else self.case.patches,
+            augment=self.case.view_augment if self.dense else self.case.augment,
+            indices=self.setup.indices,
+            num_threads=self.setup.threads,
+            **options,
+        )
+
+    def build(self) -> nn.Module:
+        model = our_model(self.case, self.dense)
+        with torch.no_grad():
+            for mine, given in zip(model.parameters(), self.setup.weights, strict=True):
+                mine.copy_(given)
+        return model.to(memory_format=torch.channels_last)
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.model, self.case.optim)
+
+    def batches(self) -> Iterator[Tensor]:
+        if self.setup.device == "cuda":
+            yield from ahead_on_gpu(batch.patches for batch in self.loader)
+        else:
+            for batch in self.loader:
+                yield batch.patches
+
+    def adapt(self, patches: Tensor) -> Tensor:
+        flat = patches.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return flat.unflatten(0, patches.shape[:2])
+
+    def encode(self, batch: Tensor) -> Tensor:
+        with self.setup.autocast():
+            return self.forward(batch)[1]
+
+    def loss(self, z: Tensor) -> Tensor:
+        return self.bag_loss(z)[0]
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+class OursDense(Ours):
+    """One view per image, every patch of which is encoded in one pass."""
+
+    name = "bagssl_fast dense"
+    dense = True
+    note = "P patches of one view share its augmentation; the others augment each patch"
+
+    @classmethod
+    def supports(cls, case: Case) -> bool:
+        return case.view is not None
+
+    def example(self, batch: int | None = None) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        side, c = self.case.view or 0, self.case
+        return torch.randn((1, batch or c.batch, 3, side, side), generator=generator)
+
+
+class OursCompiled(Ours):
+    name = "bagssl_fast compile"
+    compile = True
+    note = "compilation is not timed"
+
+
+class OursDenseCompiled(OursDense):
+    name = "bagssl_fast dense compile"
+    compile = True
+
+
+class OursOnDevice(Ours):
+    """Whole uint8 images travel to the device, which cuts and augments the patches there."""
+
+    name = "bagssl_fast device"
+    note = "ops.patch_views on the device; images of one size"
+
+    @classmethod
+    def supports(cls, case: Case) -> bool:
+        return case.corpus == "cifar"
+
+    def open_loader(self, **options: Any) -> BagLoader:
+        assert self.setup.images.array is not None
+        options["dtype"] = "uint8"
+        from bagssl_fast.augment import Augment
+
+        return BagLoader(
+            self.setup.images.source,
+            batch_size=self.case.batch,
+            patches=1,
+            augment=Augment.none(self.setup.images.array.shape[1]),
+            sampler="center",
+            indices=self.setup.indices,
+            num_threads=self.setup.threads,
+            **options,
+        )
+
+    def batches(self) -> Iterator[Tensor]:
+        from bagssl_fast._extension import _C
+
+        a, device = self.case.augment, self.setup.device
+        spec = _C.AugmentSpec(
+            **{
+                name: getattr(a, name)
+                for name in (
+                    "scale ratio hflip brightness contrast saturation hue jitter_prob "
+                    "grayscale_prob blur_prob blur_sigma solarize_prob solarize_threshold"
+                ).split()
+            }
+        )
+        for batch in self.loader:
+            pixels = batch.patches[0].permute(0, 2, 3, 1)  # uint8 [B, H, W, 3], contiguous
+            sizes = [tuple(pixels.shape[1:3])] * len(pixels)
+            table = _C.draw_views([spec], sizes, batch.index.numpy(), self.case.patches, 0, 0)
+            yield ops.patch_views(
+                pixels.to(device, non_blocking=True),
+                torch.from_numpy(table).to(device, non_blocking=True),
+                size=a.size,
+                interpolation=a.interpolation,
+                mean=a.mean,
+                std=a.std,
+                dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+            )
+
+
+def ahead_on_gpu(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Copies the next batch on a stream of its own while the present one is worked on."""
+    stream = torch.cuda.Stream()
+    ready: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def arrive(patches: Tensor, copied: torch.cuda.Event) -> Tensor:
+        torch.cuda.current_stream().wait_event(copied)
+        patches.record_stream(torch.cuda.current_stream())
+        return patches
+
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            patches = batch.to("cuda", non_blocking=True)
+            copied = stream.record_event()
+        if ready is not None:
+            yield arrive(*ready)
+        copied.synchronize()  # the loader may write into its memory again
+        ready = patches, copied
+    if ready is not None:
+        yield arrive(*ready)
+
+
+OURS: Sequence[type[System]] = (Ours, OursDense, OursCompiled, OursDenseCompiled, OursOnDevice)
