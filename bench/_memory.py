@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import resource
 import sys
@@ -31,14 +32,20 @@ def peak_memory(build: Callable[..., Callable[[], Any]], *args: Any) -> float:
 
 
 def _peak_memory_child(sender: Any, build: Callable[..., Callable[[], Any]], args: tuple) -> None:
-    call = build(*args)
+    sender.send(peak_here(build(*args)))
+
+
+def peak_here(call: Callable[[], Any]) -> float:
+    """MiB that a call needs at its peak above what is there before it, in this process.
+
+    What earlier calls left in the allocator would hide some of it: on glibc it is given back first.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        sender.send((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def resident(key: str) -> float:
@@ -47,8 +54,10 @@ def _peak_memory_child(sender: Any, build: Callable[..., Callable[[], Any]], arg
         lines = (line.split() for line in status.read_text().splitlines())
         return next(int(words[1]) / 1024 for words in lines if words[0] == key)
 
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
     if reset.exists():
         reset.write_text("5")  # the peak (VmHWM) starts again from what is resident now
     before = resident("VmRSS:")
     call()
-    sender.send(resident("VmHWM:") - before)
+    return resident("VmHWM:") - before

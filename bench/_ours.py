@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from _cases import Case
 from baselines.step import Setup, System
 from torch import Tensor, nn
 
 from bagssl_fast import ops
+from bagssl_fast._extension import _C
+from bagssl_fast.augment import Augment
 from bagssl_fast.data import BagLoader
 from bagssl_fast.encoders import EMPHead, Projector, build_encoder
 from bagssl_fast.losses import build_loss
 from bagssl_fast.model import BagModel
 from bagssl_fast.optim import build_optimizer
+
+DRAWN = [
+    "scale",
+    "ratio",
+    "hflip",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "jitter_prob",
+    "grayscale_prob",
+    "blur_prob",
+    "blur_sigma",
+    "solarize_prob",
+    "solarize_threshold",
+]
 
 
 def our_model(case: Case, dense: bool = False) -> BagModel:
@@ -53,9 +73,7 @@ class Ours(System):
         self.forward: Any = torch.compile(self.model) if self.compile else self.model
         self.bag_loss = build_loss(self.case.loss)
         on_gpu = setup.device == "cuda"
-        self.loader = self.open_loader(
-            dtype="bfloat16" if on_gpu else "float32", pin_memory=on_gpu
-        )
+        self.loader = self.open_loader(dtype="bfloat16" if on_gpu else "float32", pin_memory=on_gpu)
 
     def open_loader(self, **options: Any) -> BagLoader:
         return BagLoader(
@@ -103,7 +121,7 @@ class Ours(System):
 class OursDense(Ours):
     """One view per image, every patch of which is encoded in one pass."""
 
-    name = "bagssl_fast dense"
+    name = "bagssl_fast_dense"
     dense = True
     note = "P patches of one view share its augmentation; the others augment each patch"
 
@@ -118,31 +136,33 @@ class OursDense(Ours):
 
 
 class OursCompiled(Ours):
-    name = "bagssl_fast compile"
+    name = "bagssl_fast_compile"
     compile = True
     note = "compilation is not timed"
 
 
 class OursDenseCompiled(OursDense):
-    name = "bagssl_fast dense compile"
+    name = "bagssl_fast_dense_compile"
     compile = True
 
 
 class OursOnDevice(Ours):
     """Whole uint8 images travel to the device, which cuts and augments the patches there."""
 
-    name = "bagssl_fast device"
+    name = "bagssl_fast_device"
     note = "ops.patch_views on the device; images of one size"
 
     @classmethod
     def supports(cls, case: Case) -> bool:
         return case.corpus == "cifar"
 
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.epochs = itertools.count()
+
     def open_loader(self, **options: Any) -> BagLoader:
         assert self.setup.images.array is not None
         options["dtype"] = "uint8"
-        from bagssl_fast.augment import Augment
-
         return BagLoader(
             self.setup.images.source,
             batch_size=self.case.batch,
@@ -155,22 +175,19 @@ class OursOnDevice(Ours):
         )
 
     def batches(self) -> Iterator[Tensor]:
-        from bagssl_fast._extension import _C
-
         a, device = self.case.augment, self.setup.device
-        spec = _C.AugmentSpec(
-            **{
-                name: getattr(a, name)
-                for name in (
-                    "scale ratio hflip brightness contrast saturation hue jitter_prob "
-                    "grayscale_prob blur_prob blur_sigma solarize_prob solarize_threshold"
-                ).split()
-            }
-        )
+        spec = _C.AugmentSpec(**{name: getattr(a, name) for name in DRAWN})
         for batch in self.loader:
             pixels = batch.patches[0].permute(0, 2, 3, 1)  # uint8 [B, H, W, 3], contiguous
-            sizes = [tuple(pixels.shape[1:3])] * len(pixels)
-            table = _C.draw_views([spec], sizes, batch.index.numpy(), self.case.patches, 0, 0)
+            sizes = np.tile(np.array(pixels.shape[1:3]), (len(pixels), 1))
+            table = _C.draw_views(
+                [spec],
+                sizes,
+                batch.index.numpy(),
+                patches=self.case.patches,
+                seed=0,
+                epoch=next(self.epochs),
+            )
             yield ops.patch_views(
                 pixels.to(device, non_blocking=True),
                 torch.from_numpy(table).to(device, non_blocking=True),
@@ -202,6 +219,3 @@ def ahead_on_gpu(batches: Iterator[Tensor]) -> Iterator[Tensor]:
         ready = patches, copied
     if ready is not None:
         yield arrive(*ready)
-
-
-OURS: Sequence[type[System]] = (Ours, OursDense, OursCompiled, OursDenseCompiled, OursOnDevice)

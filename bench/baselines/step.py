@@ -217,7 +217,9 @@ class Bags(Dataset):
 
         if self.images.array is not None:
             array = self.images.array[index]
-            return torch.from_numpy(array).permute(2, 0, 1) if self.tensor else Image.fromarray(array)
+            return (
+                torch.from_numpy(array).permute(2, 0, 1) if self.tensor else Image.fromarray(array)
+            )
         if self.tensor:
             from torchvision.io import ImageReadMode, decode_jpeg, read_file
 

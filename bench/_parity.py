@@ -1,0 +1,137 @@
+"""Does a system do the same work? Loss and gradient against the float64 reference.
+
+The truth is our model and loss in float64 with the reference implementation of every op. A system
+is given the same patches and weights; what is compared is the loss and, through it, the gradient
+of all weights (the whole vector, by its norm), so that neither a wrong formula nor a wrong encoder
+passes. A dense system is compared twice: with patch-by-patch encoding of the same patches under
+fixed batch-norm statistics, where the two must agree, and in training mode with its own float64
+form, since there batch statistics weigh overlapping positions differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from _cases import Case
+from _ours import OursDense, our_model
+from baselines.step import System
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bagssl_fast import ops
+from bagssl_fast.losses import build_loss
+
+IMAGES = 8  # of a parity check
+# Relative: of the loss, of the gradient. bfloat16 has 8 bits.
+TOLERANCE = {"cpu": (1e-4, 2e-3), "cuda": (2e-2, 0.2)}
+
+
+class Parity(NamedTuple):
+    """Relative errors and whether they are small enough."""
+
+    loss: float
+    gradient: float
+    green: bool
+
+    def __str__(self) -> str:
+        return f"loss off by {self.loss:.1e}, gradient by {self.gradient:.1e} (relative)"
+
+
+def check(system: System) -> Parity:
+    """Compares a system with the truth on a small batch."""
+    example = system.example(IMAGES)
+    if isinstance(system, OursDense):
+        patches = cut(example[0], system.case)
+        found = [
+            compare(system, example, truth(system.case, system, patches, train=False), train=False),
+            compare(system, example, truth(system.case, system, example, train=True), train=True),
+        ]
+    else:
+        found = [compare(system, example, truth(system.case, system, example, True), True)]
+    loss = max(error for error, _ in found)
+    gradient = max(error for _, error in found)
+    most = TOLERANCE[system.setup.device]
+    return Parity(loss, gradient, loss <= most[0] and gradient <= most[1])
+
+
+Result = tuple[Tensor, Tensor]  # the loss, the gradient of all weights as one vector
+
+
+def truth(case: Case, system: System, inputs: Tensor, train: bool) -> Result:
+    """Loss and gradient of the reference in float64; inputs [P, B, 3, h, w] or views."""
+    model = our_model(case, dense=train and isinstance(system, OursDense)).double().train(train)
+    with torch.no_grad():
+        for mine, given in zip(model.parameters(), system.setup.weights, strict=True):
+            mine.copy_(given)
+    with reference():
+        loss, _ = build_loss(case.loss)(model(inputs.double())[1])
+        loss.backward()
+    return loss.detach(), gradient(model.parameters())
+
+
+def compare(system: System, inputs: Tensor, wanted: Result, train: bool) -> tuple[float, float]:
+    """Relative errors of a system's loss and gradient; the model is left as it was."""
+    model = system.model
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train(train)
+    loss = system.loss(system.encode(system.adapt(inputs.to(system.setup.device))).float())
+    loss.backward()
+    got = gradient(model.parameters()).double().cpu()
+    system.optimizer.zero_grad()
+    model.load_state_dict(state)
+    model.train()
+    value = loss.detach().double().cpu()
+    error = ((value - wanted[0]) / wanted[0]).abs().item()
+    return error, ((got - wanted[1]).norm() / wanted[1].norm()).item()
+
+
+def gradient(parameters: Any) -> Tensor:
+    return torch.cat([p.grad.detach().flatten() for p in parameters])
+
+
+def cut(views: Tensor, case: Case) -> Tensor:
+    """The patches of views [B, 3, H, W] on the dense grid: [P, B, 3, h, w], row-major."""
+    tops = range(0, views.shape[2] - case.patch + 1, case.stride)
+    side = case.patch
+    return torch.stack([views[:, :, t : t + side, s : s + side] for t in tops for s in tops])
+
+
+@contextlib.contextmanager
+def reference() -> Iterator[None]:
+    """All ops by their reference."""
+    before = ops._state["impl"]
+    ops.set_impl("reference")
+    try:
+        yield
+    finally:
+        ops.set_impl(before)
+
+
+def model_flops(system: System) -> float:
+    """Multiplications and additions of one step's encoder and projector, forward and backward."""
+    images = 2
+    model: Any = our_model(system.case, isinstance(system, OursDense))
+    with reference(), FlopCounterMode(display=False) as counter:
+        model(system.example(images))[1].sum().backward()
+    return counter.get_total_flops() / images * system.case.batch
+
+
+def gemm_peak(device: str, seconds: float = 0.5) -> float:
+    """FLOP/s of the machine's matrix product: float32 on the CPU, bfloat16 on a GPU."""
+    on_gpu = device == "cuda"
+    n = 8192 if on_gpu else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    (a @ a).sum()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        wait()
+        begin = time.perf_counter()
+        a @ a
+        wait()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best

@@ -1,0 +1,358 @@
+"""How much faster than what I run today? Whole training steps, on this machine, at equal numerics.
+
+    python bench/throughput.py [--quick] [--data FOLDER] [--cases ...] [--systems ...] [--plot PNG]
+
+Every system takes the same steps: data, encode, loss, backward, optimiser. All get the same images
+(CIFAR-10 as arrays, ImageNet as JPEG files), P, patch size, encoder, projector, weights, loss and
+optimiser; before a system is timed its loss and gradient on given patches and weights are compared
+with the float64 reference, and a system whose parity is red is refused. Systems (`baselines/` and
+`_ours.py`, one small file each):
+
+  emp_ssl            the authors' way: torchvision on PIL images in DataLoader workers, a loss that
+                     loops over the patches (2304.03977)
+  vicreg             the same with VICReg's authors' loss (2105.04906)
+  torch              the best plain PyTorch: uint8 from the workers, channels-last, batched losses
+  torch_compile      the same compiled (not with --quick)
+  torch_kornia       the same with kornia's batched transforms
+  lightly            lightly's transforms and losses
+  bagssl_fast        ours, every patch with an augmentation of its own, as all of the above
+  bagssl_fast_dense  ours, P patches on a grid of one augmented view, encoded in one pass: the
+                     patches of a bag share one augmentation. The work of a step is smaller for that
+                     reason, and no other system has it; `bagssl_fast` is without it.
+  bagssl_fast_compile, _dense_compile, _device (patches cut on the GPU): by default on CUDA only
+
+A turn is one pass over a few batches that starts with an empty pipeline and ends with an empty one,
+so that no system's workers disturb another's turn or work ahead for the next one. Turns of all
+systems are interleaved; figures are the median (p20, p80) over the rounds, ratios are taken round by
+round. OMP_WAIT_POLICY is PASSIVE for all: threads that wait by spinning cost the workers their cores.
+`memory` is the peak of a step above what model, optimiser and library hold, without the workers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads its OpenMP
+
+import torch
+from _cases import EVALUATION, TRAINING, Case, Images, prepare_images
+from _clock import PHASES, Laps, clock
+from _common import Report, Timing, arguments, cpu_seconds, interleave, number, paint, quantiles
+from _memory import peak_here
+from _ours import initial_weights
+from _parity import check, gemm_peak, model_flops
+from baselines.step import Setup, System, cpu_seconds_of_workers
+
+# name -> where it is, how its package is installed
+SYSTEMS = {
+    "emp_ssl": ("baselines.emp_ssl:EMPSSL", "pip install torchvision"),
+    "vicreg": ("baselines.vicreg:VICReg", "pip install torchvision"),
+    "torch": ("baselines.plain_torch:PlainTorch", "pip install torchvision"),
+    "torch_compile": ("baselines.plain_torch:CompiledTorch", "pip install torchvision"),
+    "torch_kornia": ("baselines.kornia_torch:KorniaTorch", "pip install kornia"),
+    "lightly": ("baselines.lightly_ssl:Lightly", "pip install lightly"),
+    "bagssl_fast": ("_ours:Ours", ""),
+    "bagssl_fast_dense": ("_ours:OursDense", ""),
+    "bagssl_fast_compile": ("_ours:OursCompiled", ""),
+    "bagssl_fast_dense_compile": ("_ours:OursDenseCompiled", ""),
+    "bagssl_fast_device": ("_ours:OursOnDevice", ""),
+}
+QUICK_SYSTEMS = ("emp_ssl", "torch", "bagssl_fast", "bagssl_fast_dense")
+QUICK_CASES = ("cifar-tcr", "eval-256")
+ON_GPU_ONLY = ("bagssl_fast_compile", "bagssl_fast_dense_compile", "bagssl_fast_device")
+# The least that ours has to reach on 2 CPU threads, data included; "best" is the best baseline.
+FLOORS = {
+    "cifar-tcr": {"emp_ssl": 6.0, "best": 2.5},
+    "cifar-resnet18": {"emp_ssl": 1.3},
+    "eval-256": {"torch": 5.0},
+}
+COLOURS = {
+    "data wait": "red",
+    "encode": "cyan",
+    "loss": "yellow",
+    "backward": "",
+    "optimiser": "dim",
+}
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("bagssl_fast")
+
+
+class Timed:
+    """A system's turns: how long each phase took in each."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.laps = Laps(clock(system.setup.device))
+        self.turns: list[dict[str, float]] = []
+        self.cpu: list[float] = []
+
+    def __call__(self) -> Timing:
+        cpu = cpu_seconds() + cpu_seconds_of_workers()
+        self.system.turn(self.laps)
+        seconds = self.laps.seconds()
+        cpu = cpu_seconds() + cpu_seconds_of_workers() - cpu
+        self.turns.append({phase: s / self.system.setup.steps for phase, s in seconds.items()})
+        self.cpu.append(cpu / self.system.setup.steps)
+        return Timing(sum(seconds.values()), cpu)
+
+    def forget(self) -> None:
+        self.turns, self.cpu = [], []
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of a step, turn by turn."""
+        return [sum(turn.values()) for turn in self.turns]
+
+
+class Bench:
+    """The options, the images made so far and the report."""
+
+    def __init__(self, options: Any, work: Path, systems: dict[str, Any] | None = None) -> None:
+        self.options, self.work = options, work
+        self.systems = SYSTEMS if systems is None else systems
+        self.report = Report("throughput", options.threads)
+        self.refused: list[str] = []
+        self.corpora: dict[tuple[str, int], Images] = {}
+        self.peak = gemm_peak(options.device)
+        self.report.add("machine", "torch", "GEMM peak", [self.peak / 1e9], "GFLOP/s")
+        print(paint(f"matrix products reach {number(self.peak / 1e9)} GFLOP/s here", "dim"))
+        self.split: dict[
+            str, dict[str, dict[str, float]]
+        ] = {}  # case -> system -> phase -> seconds
+
+    def images(self, corpus: str, count: int) -> Images:
+        if (corpus, count) not in self.corpora:
+            images = prepare_images(corpus, self.options.data, count, self.work)
+            self.corpora[corpus, count] = images
+        return self.corpora[corpus, count]
+
+    def names(self, case: Case) -> list[str]:
+        """The systems of a case: as asked, or by default those that are worth their time."""
+        o = self.options
+        if o.systems:
+            return o.systems
+        if o.quick:
+            return [
+                name if name != "emp_ssl" or case.loss == "emp_ssl" else "vicreg"
+                for name in QUICK_SYSTEMS
+            ]
+        names = [n for n in self.systems if o.device == "cuda" or n not in ON_GPU_ONLY]
+        if o.device == "cpu" and case.name != "cifar-tcr":
+            names.remove("torch_compile")  # minutes of compilation per case: the first one will do
+        return names
+
+    def open(self, name: str, setup: Setup) -> System | None:
+        """Opens a system and checks its parity; None if it is absent, unfit or refused."""
+        where, install = self.systems[name]
+        try:
+            module, cls = where.split(":") if isinstance(where, str) else ("", where)
+            system_class = getattr(importlib.import_module(module), cls) if module else cls
+            if not system_class.supports(setup.case):
+                return None
+            system = system_class(setup)
+        except ImportError as error:
+            print(paint(f"  {name} is not installed ({error}): {install}", "yellow"))
+            return None
+        parity = check(system)
+        case = setup.case.name
+        self.report.add(case, name, "parity of the loss", [parity.loss], "relative")
+        self.report.add(case, name, "parity of the gradient", [parity.gradient], "relative")
+        text = f"  {name:26}{parity}" + (f"; {system.note}" if system.note else "")
+        print(paint(text, "green" if parity.green else "red"))
+        if not parity.green:
+            print(paint(f"  {name} is REFUSED: it does not do the same work", "red"))
+            self.refused.append(f"{case}: {name}, {parity}")
+            system.close()
+            return None
+        return system
+
+    def train(self, case: Case) -> None:
+        """Times the training steps of a case."""
+        o = self.options
+        case = case.smaller(o.batch or (32 if o.quick else case.batch))
+        print(f"\n{paint(case.title, 'bold')}: {case.name}, batch {case.batch}")
+        steps = o.steps or (20 if o.device == "cuda" else 2)
+        images = self.images(case.corpus, steps * case.batch)
+        weights = initial_weights(case)
+        setup = Setup(case, images, weights, steps, o.device, o.threads, o.synthetic)
+        opened = {name: self.open(name, setup) for name in self.names(case)}
+        timed = {name: Timed(system) for name, system in opened.items() if system}
+        if not timed:
+            return
+        memory = {name: peak_here(turn) for name, turn in timed.items()}  # and a warm-up
+        if o.device == "cuda":
+            for turn in timed.values():
+                turn()
+        once = sum(sum(turn.steps[-1:]) * steps for turn in timed.values())
+        rounds = max(2, min(o.rounds, round(o.seconds / max(once, 1e-9))))
+        for turn in timed.values():
+            turn.forget()
+        interleave(timed, rounds, warmup=0)
+        for name, turn in timed.items():
+            self.record(case, name, turn, memory[name])
+            turn.system.close()
+        self.show(case, timed, memory)
+
+    def record(self, case: Case, name: str, turn: Timed, memory: float) -> None:
+        add, steps = self.report.add, turn.steps
+        add(case.name, name, "images per second", [case.batch / s for s in steps], "images/s")
+        patches = case.batch * case.patches
+        add(case.name, name, "patches per second", [patches / s for s in steps], "patches/s")
+        add(case.name, name, "step", [s * 1e3 for s in steps], "ms")
+        for phase in PHASES:
+            add(case.name, name, phase, [t[phase] * 1e3 for t in turn.turns], "ms")
+        add(case.name, name, "CPU time", [s * 1e3 / case.batch for s in turn.cpu], "ms/image")
+        add(case.name, name, "memory", [memory], "MiB")
+        flops = model_flops(turn.system)
+        add(case.name, name, "model FLOP/s", [flops / s / 1e9 for s in steps], "GFLOP/s")
+        share = [100 * flops / s / self.peak for s in steps]
+        add(case.name, name, "model FLOP/s of the peak", share, "%")
+
+    def floors(self, case: str, steps: dict[str, float]) -> dict[str, float]:
+        """The floors of a case, "best" resolved to the fastest baseline."""
+        if self.options.synthetic or self.options.device != "cpu":
+            return {}
+        floors = dict(FLOORS.get(case, {}))
+        theirs = {name: s for name, s in steps.items() if not is_ours(name)}
+        best = floors.pop("best", None)
+        if best and theirs:
+            fastest = min(theirs, key=lambda name: theirs[name])
+            floors[fastest] = max(best, floors.get(fastest, 0.0))
+        return {name: floor for name, floor in floors.items() if name in steps}
+
+    def show(self, case: Case, timed: dict[str, Timed], memory: dict[str, float]) -> None:
+        """The table of a case: rates and ratios, then where each step goes."""
+        medians = {name: quantiles(turn.steps)[0] for name, turn in timed.items()}
+        mine = [name for name in medians if is_ours(name)]
+        ours = min(mine, key=lambda name: medians[name]) if mine else "bagssl_fast"
+        floors = self.floors(case.name, medians)
+        title = f"{case.title}: images/s, {len(next(iter(timed.values())).turns)} rounds"
+        self.report.table(
+            case.name,
+            "images per second",
+            ours=ours,
+            floors=floors,
+            larger_is_better=True,
+            title=title,
+        )
+        self.split[case.name] = {
+            name: {phase: quantiles([t[phase] for t in turn.turns])[0] for phase in PHASES}
+            for name, turn in timed.items()
+        }
+        head = "".join(f"{phase:>11}" for phase in (*PHASES, "= step"))
+        print(paint(f"  {'ms':26}{head}{'patches/s':>11}{'of peak':>9}{'MiB':>7}", "dim"))
+        for name, phases in self.split[case.name].items():
+            cells = "".join(f"{s * 1e3:11.1f}" for s in (*phases.values(), medians[name]))
+            rate = case.batch * case.patches / medians[name]
+            share = self.value(case.name, name, "model FLOP/s of the peak")
+            line = f"  {name:26}{cells}{rate:11,.0f}{share:8.0f}%{memory[name]:7.0f}"
+            print(paint(line, "cyan" if is_ours(name) else ""))
+        bars(self.split[case.name])
+
+    def value(self, case: str, provider: str, metric: str) -> float:
+        key = (case, provider, metric)
+        return next(r.value for r in self.report.rows if (r.case, r.provider, r.metric) == key)
+
+    def evaluate(self, name: str) -> None:
+        """Times the encoding of evaluation bags: dense, and patch by patch."""
+        from _evaluation import bag_encoders
+
+        o, count = self.options, EVALUATION[name]
+        images = 16 if o.quick else 64
+        print(f"\n{paint(f'evaluation: {count} patches of each image', 'bold')}, {images} images")
+        pixels = self.images("cifar", images).array
+        assert pixels is not None
+        case = TRAINING["cifar-tcr"]
+        calls, errors = bag_encoders(case, pixels, count, o.device, initial_weights(case))
+        for provider, error in errors.items():
+            self.report.parity(name, provider, error, 2e-2 if o.device == "cuda" else 1e-4)
+        timings = interleave(calls, max(3, o.rounds), device=o.device)
+        for provider, times in timings.items():
+            rates = [images / t.wall for t in times]
+            self.report.add(name, provider, "images per second", rates, "images/s")
+        self.report.table(
+            name,
+            "images per second",
+            ours="bagssl_fast_dense",
+            floors=self.floors(name, dict.fromkeys(calls, 0.0)),
+            larger_is_better=True,
+            title=f"{count} patches of 16x16 per image, PatchNet: images/s",
+        )
+
+
+def bars(split: dict[str, dict[str, float]], width: int = 60) -> None:
+    """A bar per system, as long as its step, in the colours of its phases."""
+    longest = max(sum(phases.values()) for phases in split.values())
+    for name, phases in split.items():
+        bar, done, drawn = "", 0.0, 0
+        for phase, seconds in phases.items():
+            done += seconds
+            upto = round(width * done / longest)
+            bar += paint(phase[0] * (upto - drawn), COLOURS[phase])
+            drawn = upto
+        print(f"  {name:26}{bar}")
+    letters = ", ".join(f"{phase[0]} {phase}" for phase in PHASES)
+    print(paint(f"  {'':26}{letters}", "dim"))
+
+
+def parse(argv: Sequence[str] | None = None) -> Any:
+    parser = arguments(__doc__, rounds=5)
+    data = os.environ.get("BAGSSL_DATA", "../shared/data")
+    parser.add_argument("--data", type=Path, default=Path(data), help="folder of the tars")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    every = [*TRAINING, *EVALUATION]
+    parser.add_argument("--cases", nargs="+", choices=every, metavar="CASE", help=", ".join(every))
+    parser.add_argument(
+        "--systems", nargs="+", choices=[*SYSTEMS], metavar="SYSTEM", help=", ".join(SYSTEMS)
+    )
+    parser.add_argument("--synthetic", action="store_true", help="no data path: the ceiling")
+    parser.add_argument("--batch", type=int, default=0, help="images per step, at most the case's")
+    parser.add_argument("--steps", type=int, default=0, help="steps of a turn")
+    parser.add_argument("--seconds", type=float, default=0, help="about how long a case is timed")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw where each step goes")
+    parser.add_argument("--scale", action="store_true", help="cost against P, B, D and image size")
+    options = parser.parse_args(argv)
+    options.seconds = options.seconds or (12 if options.quick else 45)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device here")
+    if not options.data.is_dir():
+        parser.error(f"--data {options.data} is not a folder; point it, or BAGSSL_DATA, at one")
+    return options
+
+
+def main(argv: Sequence[str] | None = None, systems: dict[str, Any] | None = None) -> int:
+    """Runs the bench; returns 1 if a system was refused."""
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(prefix="throughput_") as work:
+        bench = Bench(options, Path(work), systems)
+        if options.scale:
+            importlib.import_module("_scale").run(bench)
+        else:
+            for name in options.cases or (
+                QUICK_CASES if options.quick else [*TRAINING, *EVALUATION]
+            ):
+                if name in TRAINING:
+                    bench.train(TRAINING[name])
+                else:
+                    bench.evaluate(name)
+        bench.report.save(options.json, options.csv)
+    if options.plot and bench.split:
+        importlib.import_module("_plots").draw_steps(
+            bench.split, bench.report.machine, options.plot
+        )
+    for line in bench.refused:
+        print(paint(f"refused: {line}", "red"))
+    return 1 if bench.refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
