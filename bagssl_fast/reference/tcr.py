@@ -16,4 +16,9 @@ def tcr(z: Tensor, *, eps: float = 0.2) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         identity = torch.eye(dim, dtype=z.dtype, device=z.device)
-        return 0.5 * torch.logdet(identity + dim / (batch * eps) * (z.mT @ z))
+        grams = identity + dim / (batch * eps) * (z.mT @ z)
+        # One by one: the backward of a batched logdet fails in MKL with several threads
+        # ("Parameter 6 was incorrect on entry to SLASWP", seen with torch 2.14.1).
+        return (
+            0.5 * torch.stack([torch.logdet(gram) for gram in grams]) if len(z) else z.sum((1, 2))
+        )
