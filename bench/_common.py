@@ -116,14 +116,17 @@ def interleave(
 ) -> dict[str, list[Timing]]:
     """Times all providers in turn, `rounds` times over, each round starting with another one.
 
-    Calls that are over quickly are repeated until one measurement takes `min_seconds`.
+    Calls that the last warm-up showed to be quick are repeated, so that a measurement takes about
+    `min_seconds`.
     """
     calls = {}
     for name, call in providers.items():
+        start = time.perf_counter()
         for _ in range(warmup):
-            call()
-        once = timed(call, device=device).wall if min_seconds else min_seconds
-        calls[name] = max(1, round(min_seconds / max(once, 1e-9))) if min_seconds else 1
+            start = time.perf_counter()
+            timed(call, device=device)
+        once = time.perf_counter() - start
+        calls[name] = max(1, round(min_seconds / once)) if warmup else 1
     names = list(providers)
     times: dict[str, list[Timing]] = {name: [] for name in names}
     gc.collect()

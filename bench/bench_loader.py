@@ -130,6 +130,10 @@ class Bench:
         self.rounds = min(options.rounds, 3) if options.quick else options.rounds
         self.absent: set[str] = set()
 
+    def count(self, quick: int, full: int) -> int:
+        """How many images a case uses."""
+        return self.options.images or (quick if self.options.quick else full)
+
     def job(self, tar: str, count: int, augment: Augment, short_side: int = 0, **more: Any) -> Job:
         folder = self.work / f"{Path(tar).stem}-{count}-{short_side}"
         if not folder.exists():
@@ -204,7 +208,7 @@ class Bench:
 
 
 def case_a(bench: Bench) -> None:
-    count = 32 if bench.options.quick else 64
+    count = bench.count(32, 64)
     job = bench.job(
         "cifar10-train.tar", count, EMP, patches=20, batch_size=32, threads=1, inline=True
     )
@@ -215,7 +219,7 @@ def case_a(bench: Bench) -> None:
 
 
 def case_b(bench: Bench) -> None:
-    count = 16 if bench.options.quick else 32
+    count = bench.count(16, 32)
     job = bench.job(
         "imagenet-sample.tar", count, LARGE, patches=20, batch_size=16, threads=1, inline=True
     )
@@ -228,7 +232,7 @@ def case_b(bench: Bench) -> None:
 def case_c(bench: Bench) -> None:
     from baselines import loader_decode
 
-    count = 32 if bench.options.quick else 320
+    count = bench.count(32, 320)
     job = bench.job("imagenet-sample.tar", count, CLASSIC, patches=1, batch_size=32)
     files = loader_decode.read(job)
     decoders = {OURS: loader_decode.ours(), **loader_decode.decoders()}
@@ -246,7 +250,7 @@ def case_c(bench: Bench) -> None:
 
 
 def case_d(bench: Bench) -> None:
-    counts = (1024, 64) if bench.options.quick else (4096, 320)
+    counts = (bench.count(1024, 4096), bench.count(64, 320))
     many = max(2, bench.options.threads)
     for letter, tar, count, augment, patches in (
         ("a", "cifar10-train.tar", counts[0], EMP, 20),
@@ -275,7 +279,7 @@ def case_d(bench: Bench) -> None:
 
 
 def case_e(bench: Bench) -> None:
-    count = 96 if bench.options.quick else 320
+    count = bench.count(96, 320)
     floors = {"FFCV": 1.3, "DALI": 1.5, "torchvision PIL": None, "torchvision v2": None}
     for kind, short_side in (("originals", 0), ("short side 256", 256)):
         for threads in sorted({1, bench.options.threads}):
@@ -325,6 +329,7 @@ def main() -> None:
     parser.add_argument(
         "--providers", nargs="*", choices=[*PEERS], help="only these beside ours (default: all)"
     )
+    parser.add_argument("--images", type=int, help="images per case (default: its own number)")
     options = parser.parse_args()
     if unknown := set(options.cases.split(",")) - set(CASES):
         parser.error(f"--cases {','.join(sorted(unknown))}: there are {','.join(CASES)}")
