@@ -120,7 +120,7 @@ uint16_t to_float16(float x) {
 /// A thread's working memory.
 struct Scratch::Buffers {
   WeightCache weights;
-  std::vector<uint8_t> row;        // a row of the crop, padded for reads past its end
+  std::vector<uint8_t> row;        // two rows of the crop, padded for reads past their end
   std::vector<uint8_t> narrowed;   // RGBX [crop height, out width]
   std::vector<uint8_t> resized;    // RGBX [out height, out width]
   std::vector<float> planes;       // 3 x Planes::size
@@ -151,24 +151,31 @@ void resize(const ImageView& image, const ViewParams& view, const ViewOptions& o
   const int height = static_cast<int>(view.height), width = static_cast<int>(view.width);
   const bool flip = view.flip != 0.0f;
   const int stride = 4 * (options.out_w + kWidthPadding);
-  uint8_t* padded = at_least(buffers.row, 3 * static_cast<size_t>(width) + kRowPadding);
+  const size_t row_bytes = 3 * static_cast<size_t>(width);
+  uint8_t* padded = at_least(buffers.row, 2 * (row_bytes + kRowPadding));
   uint8_t* narrowed = at_least(buffers.narrowed, (height + size_t{1}) * stride);
-  const uint8_t* row = image.data + static_cast<int64_t>(view.top) * image.row_stride +
-                       3 * static_cast<int64_t>(view.left);
+  const uint8_t* first = image.data + static_cast<int64_t>(view.top) * image.row_stride +
+                         3 * static_cast<int64_t>(view.left);
   const uint8_t* image_end = image.data + (image.height - 1) * image.row_stride + 3 * image.width;
+  // A row whose padding would leave the image is copied.
+  const auto source = [&](int y) {
+    const uint8_t* row = first + y * image.row_stride;
+    if (static_cast<size_t>(image_end - row) >= row_bytes + kRowPadding) return row;
+    uint8_t* copy = padded + (y % 2) * (row_bytes + kRowPadding);
+    std::memcpy(copy, row, row_bytes);
+    return static_cast<const uint8_t*>(copy);
+  };
+  const auto target = [&](int y) { return narrowed + static_cast<int64_t>(y) * stride; };
 
   if (width == options.out_w) {
-    for (int y = 0; y < height; ++y, row += image.row_stride) {
-      ops.copy_row(row, width, flip, narrowed + static_cast<int64_t>(y) * stride);
+    for (int y = 0; y < height; ++y) {
+      ops.copy_row(first + y * image.row_stride, width, flip, target(y));
     }
   } else {
     const AxisWeights& across = buffers.weights.get(width, options.out_w, options.interp);
-    const size_t bytes = 3 * static_cast<size_t>(width);
-    for (int y = 0; y < height; ++y, row += image.row_stride) {
-      const bool at_end = static_cast<size_t>(image_end - row) < bytes + kRowPadding;
-      if (at_end) std::memcpy(padded, row, bytes);
-      ops.resize_row(at_end ? padded : row, across, flip,
-                     narrowed + static_cast<int64_t>(y) * stride);
+    for (int y = 0; y < height; y += 2) {
+      const int next = std::min(y + 1, height - 1);
+      ops.resize_rows(source(y), source(next), across, flip, target(y), target(next));
     }
   }
 
@@ -179,7 +186,7 @@ void resize(const ImageView& image, const ViewParams& view, const ViewOptions& o
     const int64_t at = static_cast<int64_t>(y) * options.out_w;
     float *r = planes.channel[0] + at, *g = planes.channel[1] + at, *b = planes.channel[2] + at;
     if (down == nullptr) {
-      ops.unpack_row(narrowed + static_cast<int64_t>(y) * stride, options.out_w, r, g, b);
+      ops.unpack_row(target(y), options.out_w, r, g, b);
     } else {
       ops.resize_column(narrowed, stride, *down, y, options.out_w, r, g, b);
     }
@@ -228,23 +235,25 @@ void blur(float sigma, const ViewOptions& options, const PixelOps& ops, Buffers&
   if (size == 1) return;
   float* kernel = at_least(buffers.kernel, size);
   gaussian(sigma, size, kernel);
-  const size_t pixels = static_cast<size_t>(height) * width;
-  float* out = at_least(buffers.blurred, pixels + width + 2 * pad);
-  float* padded = out + pixels;
+  const int stride = width + 2 * pad + kWidthPadding;
+  float* padded = at_least(buffers.blurred, static_cast<size_t>(height) * stride);
   const float** rows = at_least(buffers.rows, size);
   for (float* plane : planes.channel) {
     for (int y = 0; y < height; ++y) {
       for (int k = 0; k < size; ++k) {
         rows[k] = plane + static_cast<int64_t>(reflect(y + k - pad, height)) * width;
       }
-      ops.blur_column(rows, kernel, size, width, padded + pad);
+      float* row = padded + static_cast<int64_t>(y) * stride + pad;
+      ops.blur_column(rows, kernel, size, width, row);
       for (int x = 1; x <= pad; ++x) {
-        padded[pad - x] = padded[pad + x];
-        padded[pad + width - 1 + x] = padded[pad + width - 1 - x];
+        row[-x] = row[x];
+        row[width - 1 + x] = row[width - 1 - x];
       }
-      ops.blur_row(padded, kernel, size, width, out + static_cast<int64_t>(y) * width);
     }
-    std::memcpy(plane, out, pixels * sizeof(float));
+    for (int y = 0; y < height; ++y) {
+      ops.blur_row(padded + static_cast<int64_t>(y) * stride, kernel, size, width,
+                   plane + static_cast<int64_t>(y) * width);
+    }
   }
 }
 

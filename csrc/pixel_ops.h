@@ -14,7 +14,7 @@ struct Planes {
 };
 constexpr int kPlanePadding = 16;
 
-/// Bytes that may be read (not used) past the end of a row handed to resize_row.
+/// Bytes that may be read (not used) past the end of a row handed to resize_rows.
 constexpr int kRowPadding = 16;
 /// Rows between the passes are RGBX, four bytes a pixel, and this many pixels wider than needed;
 /// rows of planes are written up to this many floats past their end.
@@ -28,8 +28,9 @@ struct PixelOps {
 
   /// RGB -> RGBX, mirrored if asked for.
   void (*copy_row)(const uint8_t* row, int width, bool flip, uint8_t* out);
-  /// The same with a change of width to `weights.out` pixels.
-  void (*resize_row)(const uint8_t* row, const AxisWeights& weights, bool flip, uint8_t* out);
+  /// The same for two rows, with a change of width to `weights.out` pixels.
+  void (*resize_rows)(const uint8_t* row0, const uint8_t* row1, const AxisWeights& weights,
+                      bool flip, uint8_t* out0, uint8_t* out1);
   /// RGBX -> one row of each plane.
   void (*unpack_row)(const uint8_t* rgbx, int width, float* r, float* g, float* b);
   /// The same from RGBX rows `stride` bytes apart: output row i of the vertical pass. One row
@@ -48,6 +49,7 @@ struct PixelOps {
   void (*blur_column)(const float* const* rows, const float* weights, int kernel, int width,
                       float* out);
   /// The same along a row that was padded by kernel / 2 on either side; rounds half to even.
+  /// Both read and write up to kWidthPadding values past a row's end.
   void (*blur_row)(const float* padded, const float* weights, int kernel, int width, float* out);
 
   void (*store_uint8)(Planes planes, int pixels, uint8_t* out);

@@ -3,73 +3,108 @@
 
 #include "pixel_ops_resize.h"
 
-#ifndef BAGSSL_RESTRICT
-#define BAGSSL_RESTRICT __restrict
-#endif
-
 namespace bagssl {
 namespace {
 
-inline float larger(float x, float y) { return x > y ? x : y; }
-inline float smaller(float x, float y) { return x < y ? x : y; }
+// ------------------------------------------------------------------------ vectors of floats
+
+#ifdef BAGSSL_V3
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+static_assert(kPlanePadding % kLanes == 0 && kWidthPadding % kLanes == 0, "no ragged tails");
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));  // also the masks of comparisons
+
+inline Floats load(const float* from) {
+  Floats x;
+  __builtin_memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+inline void store(float* to, Floats x) { __builtin_memcpy(to, &x, sizeof(x)); }
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
+
+inline Floats smaller(Floats x, Floats y) { return x < y ? x : y; }
+
+/// x * y + z, rounded once.
+inline Floats fused(Floats x, Floats y, Floats z) {
+#ifdef BAGSSL_V3
+  return _mm256_fmadd_ps(x, y, z);
+#else
+  for (int i = 0; i < kLanes; ++i) z[i] = __builtin_fmaf(x[i], y[i], z[i]);
+  return z;
+#endif
+}
 
 /// Towards zero, |x| < 2^31.
-inline float truncate(float x) {
+inline Floats truncate(Floats x) {
 #ifdef BAGSSL_V3
-  return __builtin_truncf(x);
+  return _mm256_round_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
 #else
-  return static_cast<float>(static_cast<int32_t>(x));
+  return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats);
 #endif
 }
 
 /// Down, |x| < 2^31.
-inline float floor_near_zero(float x) {
+inline Floats floor(Floats x) {
 #ifdef BAGSSL_V3
-  return __builtin_floorf(x);
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-  const float whole = truncate(x);
+  const Floats whole = truncate(x);
   return whole > x ? whole - 1.0f : whole;
 #endif
 }
 
-inline float clamp255(float x) {
-  x = x > 0.0f ? x : 0.0f;
-  return x < 255.0f ? x : 255.0f;
+/// To uint8 and back, as torch casts a clamped float.
+inline Floats to_byte(Floats x) { return truncate(smaller(larger(x, splat(0.0f)), splat(255.0f))); }
+
+/// rgb_to_grayscale before it is cast, floored: torch's chain of fused multiply-adds.
+inline Floats gray(Floats r, Floats g, Floats b) {
+  return truncate(fused(b, splat(0.114f), fused(g, splat(0.587f), r * 0.2989f)));
 }
 
-/// rgb_to_grayscale before it is cast, floored: torch's chain of two fused multiply-adds.
-inline float gray(float r, float g, float b) {
-  return truncate(__builtin_fmaf(b, 0.114f, __builtin_fmaf(g, 0.587f, r * 0.2989f)));
-}
+// ----------------------------------------------------------------------------------- colour
 
 void brightness(Planes planes, float factor) {
-  for (float* x : planes.channel) {
-    for (int i = 0; i < planes.size; ++i) x[i] = truncate(smaller(x[i] * factor, 255.0f));
+  for (float* plane : planes.channel) {
+    for (int i = 0; i < planes.size; i += kLanes) {
+      store(plane + i, truncate(smaller(load(plane + i) * factor, splat(255.0f))));
+    }
   }
 }
 
 void contrast(Planes planes, float factor, int pixels) {
   const float *r = planes.channel[0], *g = planes.channel[1], *b = planes.channel[2];
-  int32_t sum = 0;  // 255 * 2^23 pixels fit
-  for (int i = 0; i < planes.size; ++i) sum += static_cast<int32_t>(gray(r[i], g[i], b[i]));
-  const float mean = static_cast<float>(sum) / static_cast<float>(pixels);
-  const float rest = 1.0f - factor;
-  for (float* x : planes.channel) {
-    for (int i = 0; i < planes.size; ++i) {
-      x[i] = truncate(clamp255(__builtin_fmaf(mean, rest, x[i] * factor)));
+  Ints sums = {};  // 255 * 2^23 pixels fit into a lane
+  for (int i = 0; i < planes.size; i += kLanes) {
+    sums += __builtin_convertvector(gray(load(r + i), load(g + i), load(b + i)), Ints);
+  }
+  int64_t sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+  const Floats mean = splat(static_cast<float>(sum) / static_cast<float>(pixels));
+  const Floats rest = splat(1.0f - factor);
+  for (float* plane : planes.channel) {
+    for (int i = 0; i < planes.size; i += kLanes) {
+      store(plane + i, to_byte(fused(mean, rest, load(plane + i) * factor)));
     }
   }
 }
 
 void saturation(Planes planes, float factor) {
-  float *BAGSSL_RESTRICT r = planes.channel[0], *BAGSSL_RESTRICT g = planes.channel[1],
-                         *BAGSSL_RESTRICT b = planes.channel[2];
-  const float rest = 1.0f - factor;
-  for (int i = 0; i < planes.size; ++i) {
-    const float grey = gray(r[i], g[i], b[i]);
-    r[i] = truncate(clamp255(__builtin_fmaf(grey, rest, r[i] * factor)));
-    g[i] = truncate(clamp255(__builtin_fmaf(grey, rest, g[i] * factor)));
-    b[i] = truncate(clamp255(__builtin_fmaf(grey, rest, b[i] * factor)));
+  const Floats rest = splat(1.0f - factor);
+  for (int i = 0; i < planes.size; i += kLanes) {
+    float *r = planes.channel[0] + i, *g = planes.channel[1] + i, *b = planes.channel[2] + i;
+    const Floats red = load(r), green = load(g), blue = load(b);
+    const Floats grey = gray(red, green, blue);
+    store(r, to_byte(fused(grey, rest, red * factor)));
+    store(g, to_byte(fused(grey, rest, green * factor)));
+    store(b, to_byte(fused(grey, rest, blue * factor)));
   }
 }
 
@@ -78,71 +113,85 @@ void saturation(Planes planes, float factor) {
 /// the four values that _hsv_to_rgb chooses from, v and p are the largest and the smallest channel
 /// exactly, and only one of q and t occurs.
 void hue(Planes planes, float shift) {
-  float *BAGSSL_RESTRICT red = planes.channel[0], *BAGSSL_RESTRICT green = planes.channel[1],
-                         *BAGSSL_RESTRICT blue = planes.channel[2];
   constexpr float kByte = static_cast<float>(1.0 / 255.0), kSixth = static_cast<float>(1.0 / 6.0);
   constexpr float kToByte = static_cast<float>(255.0 + 1.0 - 1e-3);
-  constexpr float kNoZero = 1e-3f;  // below any range or maximum but 0, where h does not matter
-  for (int i = 0; i < planes.size; ++i) {
-    const float r = red[i], g = green[i], b = blue[i];
-    const float high = larger(larger(r, g), b), low = smaller(smaller(r, g), b);
-    const float v = high * kByte, range = v - low * kByte;
-    const float quotient = (v - (r + g + b - high - low) * kByte) / larger(range, kNoZero);
-    const float s = range / larger(v, kNoZero);
+  const Floats no_zero = splat(1e-3f);  // below any range or maximum but 0, where h is all one
+  const Floats zero = splat(0.0f), one = splat(1.0f), two = splat(2.0f), four = splat(4.0f);
+  for (int i = 0; i < planes.size; i += kLanes) {
+    float *red = planes.channel[0] + i, *green = planes.channel[1] + i,
+          *blue = planes.channel[2] + i;
+    const Floats r = load(red), g = load(green), b = load(blue);
+    const Floats high = larger(larger(r, g), b), low = smaller(smaller(r, g), b);
+    const Floats v = high * kByte, range = v - low * kByte;
+    const Floats quotient = (v - (r + g + b - high - low) * kByte) / larger(range, no_zero);
+    const Floats s = range / larger(v, no_zero);
 
     // Torch: bc - gc where the maximum is r, else 2 + rc - bc where it is g, else 4 + gc - rc.
-    const float base = high == r ? 0.0f : high == g ? 2.0f : 4.0f;
-    const float added = high == r ? b : high == g ? r : g;
-    const float h0 = added == low ? (base + 1.0f) - quotient : (quotient + base) - 1.0f;
-    const float h1 = h0 * kSixth + 1.0f;
-    const float h2 = (h1 - truncate(h1)) + shift;
-    const float h = (h2 - floor_near_zero(h2)) * 6.0f;
+    const Ints is_r = high == r, is_g = high == g;
+    const Floats base = is_r ? zero : is_g ? two : four;
+    const Floats added = is_r ? b : is_g ? r : g;
+    const Floats h0 = added == low ? (base + 1.0f) - quotient : (quotient + base) - 1.0f;
+    const Floats h1 = h0 * kSixth + 1.0f;
+    const Floats h2 = (h1 - truncate(h1)) + shift;
+    const Floats h = (h2 - floor(h2)) * 6.0f;
 
-    const int32_t sector = static_cast<int32_t>(h);  // 6, after a rounding, is the same as 0
-    const float sf = s * (h - static_cast<float>(sector));
-    const float x = (sector & 1) != 0 ? 1.0f - sf : sf + (1.0f - s);
-    const float middle = truncate(x * v * kToByte);
-    const float r01 = h >= 1.0f ? middle : high, r23 = h >= 2.0f ? low : r01;
-    const float r4 = h >= 4.0f ? middle : r23;
-    const float g12 = h >= 1.0f ? high : middle, g3 = h >= 3.0f ? middle : g12;
-    const float b2 = h >= 2.0f ? middle : low, b34 = h >= 3.0f ? high : b2;
-    red[i] = h >= 5.0f ? high : r4;
-    green[i] = h >= 4.0f ? low : g3;
-    blue[i] = h >= 6.0f ? low : h >= 5.0f ? middle : b34;
+    const Floats sector = truncate(h);  // 6, after a rounding, comes out like 0
+    const Ints odd = __builtin_convertvector(sector, Ints) << 31;
+    const Floats sf = s * (h - sector);
+    const Floats x = odd < 0 ? one - sf : sf + (one - s);
+    const Floats middle = truncate(x * v * kToByte);
+    const Ints from1 = h >= 1.0f, from2 = h >= 2.0f, from3 = h >= 3.0f, from4 = h >= 4.0f,
+               from5 = h >= 5.0f, from6 = h >= 6.0f;
+    const Floats r0 = from1 ? middle : high, r2 = from2 ? low : r0, r4 = from4 ? middle : r2;
+    const Floats g0 = from1 ? high : middle, g3 = from3 ? middle : g0;
+    const Floats b2 = from2 ? middle : low, b3 = from3 ? high : b2, b5 = from5 ? middle : b3;
+    store(red, from5 ? high : r4);
+    store(green, from4 ? low : g3);
+    store(blue, from6 ? low : b5);
   }
 }
 
 void grayscale(Planes planes) {
   float *r = planes.channel[0], *g = planes.channel[1], *b = planes.channel[2];
-  for (int i = 0; i < planes.size; ++i) r[i] = g[i] = b[i] = gray(r[i], g[i], b[i]);
-}
-
-void solarize(Planes planes, float threshold) {
-  for (float* x : planes.channel) {
-    for (int i = 0; i < planes.size; ++i) x[i] = x[i] >= threshold ? 255.0f - x[i] : x[i];
+  for (int i = 0; i < planes.size; i += kLanes) {
+    const Floats grey = gray(load(r + i), load(g + i), load(b + i));
+    store(r + i, grey);
+    store(g + i, grey);
+    store(b + i, grey);
   }
 }
 
+void solarize(Planes planes, float threshold) {
+  for (float* plane : planes.channel) {
+    for (int i = 0; i < planes.size; i += kLanes) {
+      const Floats x = load(plane + i);
+      store(plane + i, x >= threshold ? 255.0f - x : x);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------- blur
+
 void blur_column(const float* const* rows, const float* weights, int kernel, int width,
                  float* out) {
-  for (int x = 0; x < width; ++x) out[x] = weights[0] * rows[0][x];
-  for (int k = 1; k < kernel; ++k) {
-    const float weight = weights[k];
-    const float* row = rows[k];
-    for (int x = 0; x < width; ++x) out[x] += weight * row[x];
+  for (int x = 0; x < width; x += kLanes) {
+    Floats sum = load(rows[0] + x) * weights[0];
+    for (int k = 1; k < kernel; ++k) sum += load(rows[k] + x) * weights[k];
+    store(out + x, sum);
   }
 }
 
 void blur_row(const float* padded, const float* weights, int kernel, int width, float* out) {
   // Adding and taking away 1.5 * 2^23 leaves the nearest integer, halves to even.
   constexpr float kMagic = 12582912.0f;
-  for (int x = 0; x < width; ++x) out[x] = weights[0] * padded[x];
-  for (int k = 1; k < kernel; ++k) {
-    const float weight = weights[k];
-    for (int x = 0; x < width; ++x) out[x] += weight * padded[x + k];
+  for (int x = 0; x < width; x += kLanes) {
+    Floats sum = load(padded + x) * weights[0];
+    for (int k = 1; k < kernel; ++k) sum += load(padded + x + k) * weights[k];
+    store(out + x, (sum + kMagic) - kMagic);
   }
-  for (int x = 0; x < width; ++x) out[x] = (out[x] + kMagic) - kMagic;
 }
+
+// ----------------------------------------------------------------------------------- output
 
 void store_uint8(Planes planes, int pixels, uint8_t* out) {
   const float *r = planes.channel[0], *g = planes.channel[1], *b = planes.channel[2];
@@ -176,7 +225,7 @@ void store_table(Planes planes, int pixels, const uint16_t (*table)[256], uint16
 }  // namespace
 
 const PixelOps BAGSSL_OPS_TABLE = {
-    BAGSSL_OPS_NAME, copy_row,    resize_row,  unpack_row,  resize_column, brightness,
+    BAGSSL_OPS_NAME, copy_row,    resize_rows, unpack_row,  resize_column, brightness,
     contrast,        saturation,  hue,         grayscale,   solarize,      blur_column,
     blur_row,        store_uint8, store_float, store_table,
 };

@@ -15,60 +15,82 @@ void copy_row(const uint8_t* row, int width, bool flip, uint8_t* out) {
 
 #ifdef BAGSSL_V3
 
-/// Sums of one output pixel, int32 (r, g, b, 0): two taps of a channel meet in one multiply-add.
-template <bool kTwoTaps>
-inline __m128i weigh_pixel(const uint8_t* in, const int16_t* w, int taps, __m128i sum) {
-  const __m128i pair0 = _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
-  const __m128i pair1 = _mm_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
-  const auto weights = [w](int k) {
-    int32_t both;
-    __builtin_memcpy(&both, w + k, sizeof(both));
-    return _mm_set1_epi32(both);
-  };
-  if (kTwoTaps) {
-    const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in));
-    return _mm_add_epi32(sum, _mm_madd_epi16(_mm_shuffle_epi8(two, pair0), weights(0)));
-  }
-  for (int k = 0; k < taps; k += AxisWeights::kTapGroup) {
-    const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 3 * k));
-    sum = _mm_add_epi32(sum, _mm_madd_epi16(_mm_shuffle_epi8(four, pair0), weights(k)));
-    sum = _mm_add_epi32(sum, _mm_madd_epi16(_mm_shuffle_epi8(four, pair1), weights(k + 2)));
-  }
-  return sum;
+// A register holds the same pixels of two rows, one row per 128-bit lane.
+
+inline __m256i load_two(const uint8_t* row0, const uint8_t* row1) {
+  const __m128i lane0 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row0));
+  const __m128i lane1 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row1));
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(lane0), lane1, 1);
 }
 
-template <bool kTwoTaps>
-void resize_row_taps(const uint8_t* row, const AxisWeights& weights, bool flip, uint8_t* out) {
-  const __m128i half = _mm_set1_epi32(1 << (weights.precision - 1));
+inline __m256i two_weights(const int16_t* w) {
+  int32_t both;
+  __builtin_memcpy(&both, w, sizeof(both));
+  return _mm256_set1_epi32(both);
+}
+
+/// `sum` plus an output pixel's taps, int32 (r, g, b, 0) per row: two taps of a channel meet in one
+/// multiply-add, four taps in one load; kOdd: the last load has two.
+template <bool kOdd>
+inline __m256i weigh_pixel(const uint8_t* row0, const uint8_t* row1, const int16_t* w, int fours,
+                           __m256i sum) {
+  const __m256i first_two = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1));
+  const __m256i last_two = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1));
+  for (int k = 0; k < fours; ++k, row0 += 12, row1 += 12, w += 4) {
+    const __m256i taps = load_two(row0, row1);
+    sum = _mm256_add_epi32(sum,
+                           _mm256_madd_epi16(_mm256_shuffle_epi8(taps, first_two), two_weights(w)));
+    sum = _mm256_add_epi32(
+        sum, _mm256_madd_epi16(_mm256_shuffle_epi8(taps, last_two), two_weights(w + 2)));
+  }
+  if (!kOdd) return sum;
+  const __m256i taps = _mm256_shuffle_epi8(load_two(row0, row1), first_two);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(taps, two_weights(w)));
+}
+
+template <bool kOdd>
+void resize_rows_taps(const uint8_t* row0, const uint8_t* row1, const AxisWeights& weights,
+                      bool flip, uint8_t* out0, uint8_t* out1) {
+  const __m256i half = _mm256_set1_epi32(1 << (weights.precision - 1));
   const __m128i shift = _mm_cvtsi32_si128(weights.precision);
   const int32_t* start = weights.start;
   const int16_t* w = weights.weight;
   const int taps = weights.taps, width = weights.out;
+  const int fours = kOdd ? taps / 4 - 1 : taps / 4;
   int i = 0;
   for (; i + 4 <= width; i += 4, w += 4 * taps) {
-    __m128i sum[4];
+    __m256i sum[4];
     for (int j = 0; j < 4; ++j) {
-      sum[j] = _mm_sra_epi32(
-          weigh_pixel<kTwoTaps>(row + 3 * start[i + j], w + j * taps, taps, half), shift);
+      const int at = 3 * start[i + j];
+      sum[j] = _mm256_sra_epi32(weigh_pixel<kOdd>(row0 + at, row1 + at, w + j * taps, fours, half),
+                                shift);
     }
-    __m128i pixels =
-        _mm_packus_epi16(_mm_packs_epi32(sum[0], sum[1]), _mm_packs_epi32(sum[2], sum[3]));
-    if (flip) pixels = _mm_shuffle_epi32(pixels, _MM_SHUFFLE(0, 1, 2, 3));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 4 * (flip ? width - 4 - i : i)), pixels);
+    __m256i pixels =
+        _mm256_packus_epi16(_mm256_packs_epi32(sum[0], sum[1]), _mm256_packs_epi32(sum[2], sum[3]));
+    if (flip) pixels = _mm256_shuffle_epi32(pixels, _MM_SHUFFLE(0, 1, 2, 3));
+    const int at = 4 * (flip ? width - 4 - i : i);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out0 + at), _mm256_castsi256_si128(pixels));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out1 + at), _mm256_extracti128_si256(pixels, 1));
   }
   for (; i < width; ++i, w += taps) {
-    __m128i sum = weigh_pixel<kTwoTaps>(row + 3 * start[i], w, taps, half);
-    sum = _mm_packs_epi32(_mm_sra_epi32(sum, shift), sum);
-    const int32_t pixel = _mm_cvtsi128_si32(_mm_packus_epi16(sum, sum));
-    __builtin_memcpy(out + 4 * (flip ? width - 1 - i : i), &pixel, sizeof(pixel));
+    const int from = 3 * start[i], to = 4 * (flip ? width - 1 - i : i);
+    __m256i sum = weigh_pixel<kOdd>(row0 + from, row1 + from, w, fours, half);
+    sum = _mm256_packs_epi32(_mm256_sra_epi32(sum, shift), sum);
+    sum = _mm256_packus_epi16(sum, sum);
+    const int32_t pixel0 = _mm256_extract_epi32(sum, 0), pixel1 = _mm256_extract_epi32(sum, 4);
+    __builtin_memcpy(out0 + to, &pixel0, sizeof(pixel0));
+    __builtin_memcpy(out1 + to, &pixel1, sizeof(pixel1));
   }
 }
 
-void resize_row(const uint8_t* row, const AxisWeights& weights, bool flip, uint8_t* out) {
-  if (weights.window <= 2) {
-    resize_row_taps<true>(row, weights, flip, out);
+void resize_rows(const uint8_t* row0, const uint8_t* row1, const AxisWeights& weights, bool flip,
+                 uint8_t* out0, uint8_t* out1) {
+  if (weights.taps - weights.window >= 2) {
+    resize_rows_taps<true>(row0, row1, weights, flip, out0, out1);
   } else {
-    resize_row_taps<false>(row, weights, flip, out);
+    resize_rows_taps<false>(row0, row1, weights, flip, out0, out1);
   }
 }
 
@@ -120,18 +142,23 @@ void resize_column(const uint8_t* rows, int stride, const AxisWeights& weights, 
 
 #else
 
-void resize_row(const uint8_t* row, const AxisWeights& weights, bool flip, uint8_t* out) {
+void resize_rows(const uint8_t* row0, const uint8_t* row1, const AxisWeights& weights, bool flip,
+                 uint8_t* out0, uint8_t* out1) {
   const int32_t half = 1 << (weights.precision - 1);
-  for (int i = 0; i < weights.out; ++i) {
-    const int16_t* w = weights.weight + static_cast<int64_t>(i) * weights.taps;
-    const uint8_t* in = row + 3 * static_cast<int64_t>(weights.start[i]);
-    int32_t sum[3] = {half, half, half};
-    for (int k = 0; k < weights.window; ++k) {
-      for (int c = 0; c < 3; ++c) sum[c] += w[k] * in[3 * k + c];
+  for (int second = 0; second < 2; ++second) {
+    const uint8_t* row = second ? row1 : row0;
+    uint8_t* out = second ? out1 : out0;
+    for (int i = 0; i < weights.out; ++i) {
+      const int16_t* w = weights.weight + static_cast<int64_t>(i) * weights.taps;
+      const uint8_t* in = row + 3 * static_cast<int64_t>(weights.start[i]);
+      int32_t sum[3] = {half, half, half};
+      for (int k = 0; k < weights.window; ++k) {
+        for (int c = 0; c < 3; ++c) sum[c] += w[k] * in[3 * k + c];
+      }
+      uint8_t* pixel = out + 4 * (flip ? weights.out - 1 - i : i);
+      for (int c = 0; c < 3; ++c) pixel[c] = clamp_byte(sum[c] >> weights.precision);
+      pixel[3] = 0;
     }
-    uint8_t* pixel = out + 4 * (flip ? weights.out - 1 - i : i);
-    for (int c = 0; c < 3; ++c) pixel[c] = clamp_byte(sum[c] >> weights.precision);
-    pixel[3] = 0;
   }
 }
 
