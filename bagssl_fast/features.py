@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import Config, patch_size
@@ -97,7 +99,7 @@ def extract(
     Returns:
         Features per layer and count, on the device, and the labels [N] (None without labels).
     """
-    model.eval()
+    model = fold_batch_norm(model)
     bags = [count for count in plan.counts if count != CENTER]
     features: Features = {}
     labels: Tensor | None = None
@@ -123,6 +125,20 @@ def extract(
             features |= collected.features()
             labels = collected.labels()
     return features, labels if source.labels is not None else None
+
+
+def fold_batch_norm(model: BagModel) -> BagModel:
+    """A copy in eval mode whose batch norms behind convolutions have become part of these."""
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if not isinstance(module, nn.Sequential):
+            continue
+        for i in range(len(module) - 1):
+            conv, norm = module[i], module[i + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                module[i] = fuse_conv_bn_eval(conv, norm)
+                module[i + 1] = nn.Identity()
+    return model
 
 
 class Collector:
