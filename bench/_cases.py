@@ -58,14 +58,14 @@ class Case:
 
     @property
     def augment(self) -> Augment:
-        """EMP-SSL's augmentation of a patch."""
-        return Augment(size=self.patch, scale=(self.area, self.area))
+        """EMP-SSL's augmentation of a patch; its blur is Pillow's, here three sigma wide."""
+        return Augment(size=self.patch, scale=(self.area, self.area), blur_kernel=13)
 
     @property
     def view_augment(self) -> Augment:
         """The same augmentation of a whole image, whose patches all share its draw."""
         assert self.view is not None
-        return Augment(size=self.view, scale=(1.0, 1.0))
+        return replace(self.augment, size=self.view, scale=(1.0, 1.0))
 
     def smaller(self, batch: int) -> Case:
         return replace(self, batch=min(batch, self.batch))

@@ -21,21 +21,11 @@ from bagssl_fast.losses import build_loss
 from bagssl_fast.model import BagModel
 from bagssl_fast.optim import build_optimizer
 
-DRAWN = [
-    "scale",
-    "ratio",
-    "hflip",
-    "brightness",
-    "contrast",
-    "saturation",
-    "hue",
-    "jitter_prob",
-    "grayscale_prob",
-    "blur_prob",
-    "blur_sigma",
-    "solarize_prob",
-    "solarize_threshold",
-]
+# What a view is drawn from, of an Augment.
+DRAWN = (
+    *("scale", "ratio", "hflip", "brightness", "contrast", "saturation", "hue", "jitter_prob"),
+    *("grayscale_prob", "blur_prob", "blur_sigma", "solarize_prob", "solarize_threshold"),
+)
 
 
 def our_model(case: Case, dense: bool = False) -> BagModel:

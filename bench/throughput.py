@@ -21,10 +21,10 @@ with the float64 reference, and a system whose parity is red is refused. Systems
                      reason, and no other system has it; `bagssl_fast` is without it.
   bagssl_fast_compile, _dense_compile, _device (patches cut on the GPU): by default on CUDA only
 
-A turn is one pass over a few batches that starts with an empty pipeline and ends with an empty one,
-so that no system's workers disturb another's turn or work ahead for the next one. Turns of all
-systems are interleaved; figures are the median (p20, p80) over the rounds, ratios are taken round by
-round. OMP_WAIT_POLICY is PASSIVE for all: threads that wait by spinning cost the workers their cores.
+A turn is one pass over a few batches that begins and ends with an empty pipeline, so that no
+system's workers disturb another's turn or work ahead for the next one. Turns of all systems are
+interleaved; figures are the median (p20, p80) over the rounds, ratios are taken round by round.
+OMP_WAIT_POLICY is PASSIVE for all: threads that spin while they wait cost the workers their cores.
 `memory` is the peak of a step above what model, optimiser and library hold, without the workers.
 """
 
@@ -63,7 +63,7 @@ SYSTEMS = {
     "bagssl_fast_dense_compile": ("_ours:OursDenseCompiled", ""),
     "bagssl_fast_device": ("_ours:OursOnDevice", ""),
 }
-QUICK_SYSTEMS = ("emp_ssl", "torch", "bagssl_fast", "bagssl_fast_dense")
+QUICK_SYSTEMS = ("emp_ssl", "torch", "torch_kornia", "bagssl_fast", "bagssl_fast_dense")
 QUICK_CASES = ("cifar-tcr", "eval-256")
 ON_GPU_ONLY = ("bagssl_fast_compile", "bagssl_fast_dense_compile", "bagssl_fast_device")
 # The least that ours has to reach on 2 CPU threads, data included; "best" is the best baseline.
@@ -165,7 +165,7 @@ class Bench:
         case = setup.case.name
         self.report.add(case, name, "parity of the loss", [parity.loss], "relative")
         self.report.add(case, name, "parity of the gradient", [parity.gradient], "relative")
-        text = f"  {name:26}{parity}" + (f"; {system.note}" if system.note else "")
+        text = f"  {name:26}{parity}" + (f"; {note}" if (note := system.note) else "")
         print(paint(text, "green" if parity.green else "red"))
         if not parity.green:
             print(paint(f"  {name} is REFUSED: it does not do the same work", "red"))
@@ -320,6 +320,7 @@ def parse(argv: Sequence[str] | None = None) -> Any:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw where each step goes")
     parser.add_argument("--scale", action="store_true", help="cost against P, B, D and image size")
     options = parser.parse_args(argv)
+    options.cases = options.cases or (QUICK_CASES if options.quick else every)
     options.seconds = options.seconds or (12 if options.quick else 45)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")

@@ -26,7 +26,7 @@ from baselines.step import Bags, Setup, System, TensorwiseLARS, worker_loader
 class Lightly(EMPSSL):
     name = "lightly"
     losses = ("emp_ssl", "vicreg")
-    note = "the inverted sign of its EMPSSLLoss is put right"
+    note = "its EMPSSLLoss with the sign of the coding rate put right"
 
     def __init__(self, setup: Setup) -> None:
         System.__init__(self, setup)
