@@ -72,6 +72,11 @@ class PatchNet(nn.Module):
     wherever it stands, and `dense` encodes all patches of an image in one pass that computes what
     overlapping patches share once.
 
+    The stem starts at the cosine basis of its 4x4 pixels, each function in luminance and two
+    colour differences and with both signs. These are nearly the principal components of natural
+    images, so that batch normalisation whitens them: training starts with all frequencies at equal
+    strength instead of learning to look past the low ones (bench/NOTES.md has the numbers).
+
     In eval mode `dense` equals patch by patch up to rounding. In training mode they differ in one
     thing: the batch statistics count each map location once in `dense`, but once for every patch
     that covers it patch by patch, which gives the middle of an image more weight than its rim.
@@ -79,7 +84,9 @@ class PatchNet(nn.Module):
     Args:
         patch_size: side of a patch in pixels, a multiple of 4, at least 8.
         width: channels of the first stage; each further stage has twice as many.
-        depth: pointwise blocks in each stage.
+        depth: pointwise blocks in each stage, one number or one for each.
+        stem: channels of the 4x4 convolution; 96 is the whole cosine basis of a colour patch, with
+            fewer the highest frequencies are left out.
         feature_dim: embedding size F; `8 * width` if not given.
         in_channels: channels of the images.
     """
@@ -90,6 +97,7 @@ class PatchNet(nn.Module):
         width: int = 64,
         depth: int | Sequence[int] = 1,
         feature_dim: int | None = None,
+        stem: int = 96,
         in_channels: int = 3,
     ) -> None:
         super().__init__()
@@ -98,8 +106,8 @@ class PatchNet(nn.Module):
                 f"PatchNet: patch_size {patch_size} is not supported, wanted a multiple of 4 from "
                 "8 on; resize the patches to such a size, or use the encoder 'patchmlp'"
             )
-        if width < 1:
-            raise ValueError(f"PatchNet: width {width} must be at least 1")
+        if width < 1 or stem < 1:
+            raise ValueError(f"PatchNet: width {width} and stem {stem} must be at least 1")
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.feature_dim = feature_dim or 8 * width
@@ -111,13 +119,16 @@ class PatchNet(nn.Module):
                 f"PatchNet: depth {depth} must be one number >= 0, or {len(kernels)} of them, one "
                 f"for each stage of a patch of {patch_size}"
             )
-        layers: list[nn.Module] = []
-        channels, side = in_channels, patch_size
-        for i, (kernel, blocks) in enumerate(zip(kernels, depths, strict=True)):
-            layers += _conv_bn_relu(channels, width << i, kernel, stride=2)
-            channels, side = width << i, (side - kernel) // 2 + 1
+        layers = _conv_bn_relu(in_channels, stem, kernels[0], stride=2)
+        _start_at_cosines(cast(nn.Conv2d, layers[0]))
+        channels, side = stem, (patch_size - kernels[0]) // 2 + 1
+        for stage, blocks in enumerate(depths):
+            if stage > 0:
+                layers += _conv_bn_relu(channels, width << stage, kernels[stage], stride=2)
+                channels, side = width << stage, (side - kernels[stage]) // 2 + 1
             for _ in range(blocks):
-                layers += _conv_bn_relu(channels, channels, 1)
+                layers += _conv_bn_relu(channels, width << stage, 1)
+                channels = width << stage
         layers += _conv_bn_relu(channels, self.feature_dim, 1)
         self.layers = nn.Sequential(*layers)
         self.stride = 2 ** len(kernels)  # pixels between neighbours on the last map
@@ -246,6 +257,26 @@ def _conv_bn_relu(cin: int, cout: int, kernel: int, stride: int = 1) -> list[nn.
     conv = nn.Conv2d(cin, cout, kernel, stride, bias=False)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     return [conv, nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
+
+
+@torch.no_grad()
+def _start_at_cosines(conv: nn.Conv2d) -> None:
+    """Sets filters to the two-dimensional cosine basis in opponent colours, lowest frequency first.
+
+    Each function comes with both signs; filters beyond the basis keep their random weights.
+    """
+    side, channels = conv.kernel_size[0], conv.in_channels
+    k = torch.arange(side)
+    waves = F.normalize(torch.cos(math.pi / side * torch.outer(k, k + 0.5)), dim=1)
+    colours, rank = torch.eye(channels), torch.zeros(channels)
+    if channels == 3:  # luminance, red - blue, green - magenta
+        colours = F.normalize(torch.tensor([[1.0, 1, 1], [1, 0, -1], [-1, 2, -1]]), dim=1)
+        rank = torch.tensor([0.0, 4, 4])  # colour matters as much as luminance at higher frequency
+    basis = torch.einsum("ca,uh,vw->uvcahw", colours, waves, waves)
+    rank = k[:, None, None] ** 2 + k[:, None] ** 2 + rank
+    order = rank.flatten().argsort(stable=True)[: conv.out_channels // 2]
+    filters = basis.flatten(0, 2)[order]
+    conv.weight[: 2 * len(order)] = torch.cat([filters, -filters])
 
 
 def _window_mean(x: Tensor, side: int, stride: int, dilation: int) -> Tensor:

@@ -100,6 +100,17 @@ def test_patchnet_receptive_field_is_exactly_the_patch() -> None:
     assert seen[4].any() and seen[19].any() and seen[:, 4].any() and seen[:, 19].any()
 
 
+@pytest.mark.parametrize("stem", [6, 96, 100])
+def test_patchnet_stem_starts_at_the_cosine_basis(stem: int) -> None:
+    weight = PatchNet(16, width=8, stem=stem).layers[0].weight.detach()
+    n = min(stem // 2, 48)
+    filters = weight[:n].flatten(1)
+    torch.testing.assert_close(filters @ filters.T, torch.eye(n), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight[n : 2 * n], -weight[:n])
+    assert weight[0].std() < 1e-6  # the mean of all pixels
+    assert PatchNet(16, width=8, in_channels=1)(torch.randn(2, 1, 16, 16)).shape == (2, 64)
+
+
 @pytest.mark.parametrize(("patch_size", "stride"), [(6, 1), (6, 4), (8, 3), (16, 4)])
 def test_patchmlp_dense_is_patch_by_patch(patch_size: int, stride: int) -> None:
     assert_dense_is_patchwise(PatchMLP(patch_size, width=24), images(2, 21, 18), stride)
@@ -198,6 +209,7 @@ WRONG = {
     "width of a resnet": (lambda: build_encoder("resnet18", width=8), "leave it out"),
     "patch size 0": (lambda: build_encoder("patchmlp", 0), "at least 1 pixel"),
     "odd patchnet": (lambda: PatchNet(18), "multiple of 4.*patchmlp"),
+    "stem 0": (lambda: PatchNet(16, 8, stem=0), "at least 1"),
     "depth of too few stages": (lambda: PatchNet(16, depth=(1,)), "2 of them"),
     "patch larger than image": (lambda: PatchNet(16, 4).dense(images(1, 32, 12)), "smaller than"),
     "stride 0": (lambda: PatchNet(16, 4).dense(images(1, 32, 32), 0), "stride 0.*at least 1"),
