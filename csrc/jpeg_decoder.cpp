@@ -261,7 +261,8 @@ Region JpegDecoder::decode_stored(const Box& box) {
   if (top < kWorthSkipping) top = 0;
   const int64_t bottom = box.top + box.height;
   const bool has_inks = s.info.out_color_space == JCS_CMYK;
-  pixels_.resize(static_cast<size_t>((bottom - top) * width * 3));
+  const auto bytes = static_cast<size_t>((bottom - top) * width * 3);
+  if (pixels_.size() < bytes) pixels_.resize(bytes);  // growing fills with zeros: only once
   if (has_inks) inks_.resize(static_cast<size_t>(kRowsPerCall * width * 4));
 
   const int64_t stride = width * 3;
