@@ -6,7 +6,6 @@ process-wide choice of `set_impl`, the device of the input. Nothing ever falls b
 what an implementation does not support is a ValueError, and `impl="reference"` the way out.
 """
 
-import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from bagssl_fast.reference.vicreg import CONVENTIONS
 DISPATCH: dict[str, tuple[str, str | None, str | None]] = {
     # op               reference    cpu    cuda (Triton)
     "patch_views": ("reference", None, None),
-    "patch_embed": ("reference", None, None),
+    "patch_embed": ("reference", "cpu", None),
     "linear_bn_relu": ("reference", None, None),
     "vicreg": ("reference", "cpu", None),
     "tcr": ("reference", "cpu", None),
@@ -34,6 +33,7 @@ IMPLS = ("reference", "cpu", "cuda")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _state: dict[str, str | None] = {"impl": None}
+_loaded: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 class BagPool(NamedTuple):
@@ -369,10 +369,19 @@ def _implementation(op: str, impl: str | None, x: Tensor) -> Callable[..., Any]:
     return _load(op, cell)
 
 
-@functools.cache
 def _load(op: str, cell: str) -> Callable[..., Any]:
-    """Import an implementation, on first use: Triton may be absent where no kernel is wanted."""
-    return getattr(importlib.import_module(f"bagssl_fast.{cell}.{op}"), op)
+    """The function of a cell, imported on first use: Triton may be absent where nobody needs it."""
+    if (op, cell) not in _loaded:
+        _loaded[op, cell] = getattr(importlib.import_module(f"bagssl_fast.{cell}.{op}"), op)
+    return _loaded[op, cell]
+
+
+def _load_for_compile() -> None:
+    """Import what models use: torch.compile can look a function up, but not trace an import."""
+    cells = IMPLS if torch.cuda.is_available() else ("reference", "cpu")
+    for op in ("patch_embed", "linear_bn_relu", "vicreg", "tcr", "bag_pool"):
+        for impl in cells:
+            _load(op, _cell(op, impl))
 
 
 # ------------------------------------------------------------------------------------- the checks
@@ -433,3 +442,6 @@ def _vicreg_by_moments(
         off_diagonal = (gram - torch.diag_embed(squares)).square().sum()
         scale = 2 / (num_slots * dim * (total - 1) ** 2)
     return invariance, variance, scale * off_diagonal
+
+
+_load_for_compile()
