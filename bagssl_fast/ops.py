@@ -21,12 +21,12 @@ from bagssl_fast.reference.vicreg import CONVENTIONS
 
 DISPATCH: dict[str, tuple[str, str | None, str | None]] = {
     # op               reference    cpu    cuda (Triton)
-    "patch_views": ("reference", None, None),
-    "patch_embed": ("reference", "cpu", None),
-    "linear_bn_relu": ("reference", None, None),
-    "vicreg": ("reference", "cpu", None),
-    "tcr": ("reference", "cpu", None),
-    "bag_pool": ("reference", "cpu", None),
+    "patch_views": ("reference", "cpu", "kernels"),
+    "patch_embed": ("reference", "cpu", "kernels"),
+    "linear_bn_relu": ("reference", None, "kernels"),
+    "vicreg": ("reference", "cpu", "kernels"),
+    "tcr": ("reference", "cpu", "kernels"),
+    "bag_pool": ("reference", "cpu", "kernels"),
 }
 IMPLS = ("reference", "cpu", "cuda")
 
@@ -71,8 +71,15 @@ def patch_views(
         dtype: torch.float32, bfloat16 or float16 (normalised), or uint8 (not normalised).
         impl: "reference", "cpu" or "cuda"; by default what `table()` shows for the device.
     """
+    op = "patch_views"
+    _check(op, "params", params, (torch.float32,), 3, "[P, B, 16]")
+    if isinstance(images, Tensor):
+        _check(op, "images", images, (torch.uint8,), 4, "[B, H, W, 3]")
+    else:
+        for i, image in enumerate(images):
+            _check(op, f"images[{i}]", image, (torch.uint8,), 3, "[H, W, 3]")
     first = images if isinstance(images, Tensor) else images[0] if len(images) else params
-    run = _implementation("patch_views", impl, first)
+    run = _implementation(op, impl, first)
     return run(
         images,
         params,

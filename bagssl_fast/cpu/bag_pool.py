@@ -2,11 +2,11 @@
 
 With n_p = |x_p|, m the mean, M = |m| and u = 1/P sum_p x_p / n_p:
 
-    cosine = 1/P sum_p (x_p . m) / (n_p M)
-    dcosine/dx_p = 1/P [ m / (n_p M) - c_p x_p / n_p^2 + u / M - cosine m / M^2 ],  c_p = cos(x_p, m)
+    cosine = 1/P sum_p c_p,   c_p = (x_p . m) / (n_p M)
+    dcosine/dx_p = 1/P [ m / (n_p M) - c_p x_p / n_p^2 + u / M - cosine m / M^2 ]
 
-so dx is one row per image plus multiples of x_p and m that are numbers per patch. Memory is read once
-in forward, and read and written once in backward: what is passed over again is a chunk of 2 MiB.
+so dx is one row per image plus multiples of x_p and m that are numbers per patch. Memory is read
+once in forward, and read and written once in backward: only a chunk of 2 MiB is passed over again.
 Saved for backward: x, the mean, norms and cosines [P, B].
 """
 

@@ -3,11 +3,11 @@
     invariance = 2/(P-1) sum_p mean_{b,d} (z_p - z_mean)^2     = the mean over all pairs of slots
     sum_{i != j} C_ij^2 = (|G|_F^2 - sum_j m_j^2) / (B-1)^2    m_j = sum_b Zc_bj^2 = (B-1) Var_j
 
-G = Zc Zc^T [B, B] where B < D, else Zc^T Zc [D, D] (whose diagonal is m): both have the same norm.
-Gradient: one more GEMM, d|G|_F^2/dZ = 4 G Zc (or 4 Zc G), into which everything else that dz is made
-of has been written before: 2 min(B, D) B D multiply-adds per slot where autograd through D x D needs
-3 B D^2. All slots go through one batched GEMM. Temporary memory: two arrays of z's size in forward,
-one beside dz in backward; saved: z, the means, m and G, P min(B, D)^2 words.
+G = Zc Zc^T [B, B] where B < D, else Zc^T Zc [D, D] (whose diagonal is m): equal in norm. Gradient:
+one more GEMM, d|G|_F^2/dZ = 4 G Zc (or 4 Zc G), onto which everything else that dz is made of has
+been laid before: 2 min(B, D) B D multiply-adds per slot where autograd through D x D needs 3 B D^2.
+All slots go through one batched GEMM. Temporary memory: one array of z's size in forward, one
+beside dz in backward; saved: z, the means, m and G, P min(B, D)^2 words.
 
 VICReg: Bardes, Ponce, LeCun 2022 (2105.04906).
 """
