@@ -143,6 +143,8 @@ class EvalConfig:
     Args:
         enabled: Evaluate at the end of training.
         patches: Numbers of patches per bag, squares: each is a grid over the image.
+        view: Side to which a whole image is brought for its dense bag; 0 takes the side at which a
+            patch covers what it covered in training, for dense bags `augment.size`.
         random: Measure the same network at its random initialisation beside it.
         projection_patches: Largest bag whose projection z is measured beside the embedding h (the
             head runs on every patch); 0 for the central crop only, -1 for none.
@@ -157,6 +159,7 @@ class EvalConfig:
 
     enabled: bool = False
     patches: tuple[int, ...] = (1, 4, 16, 64, 256)
+    view: int = 0
     random: bool = True
     projection_patches: int = 16
     max_train_images: int = 0
@@ -322,6 +325,7 @@ def check_eval(options: EvalConfig) -> None:
             )
     if not options.patches:
         raise ValueError("--eval.patches is empty: name at least one number, such as 1")
+    _at_least("eval.view", options.view, 0)
     _at_least("eval.batch_size", options.batch_size, 1)
     _at_least("eval.knn_k", options.knn_k, 1)
     if not 0 < options.test_fraction < 1:

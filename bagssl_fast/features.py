@@ -53,7 +53,18 @@ def is_dense(model: BagModel) -> bool:
 
 
 def view_size(config: Config) -> int:
-    """Side to which a whole image is brought so that a patch covers what it covered in training."""
+    """Side to which a whole image is brought so that a patch covers what it covered in training.
+
+    Raises:
+        ValueError: If no patch fits.
+    """
+    if config.eval.view:
+        if config.eval.view < patch_size(config):
+            raise ValueError(
+                f"--eval.view {config.eval.view} is smaller than the patch of "
+                f"{patch_size(config)} pixels: no patch fits; 0 chooses the view's size"
+            )
+        return config.eval.view
     if config.bag.dense:
         return config.augment.size
     scale = sum(config.augment.scale) / 2
