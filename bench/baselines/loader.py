@@ -140,7 +140,10 @@ class RemoteRunner:
     def close(self) -> None:
         if self._process.stdin:
             self._process.stdin.close()
-        self._process.wait(timeout=60)
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
         self._log.close()
 
 
@@ -155,7 +158,7 @@ def serve() -> None:
         try:
             message = pickle.load(inbox)
         except EOFError:
-            return
+            os._exit(0)  # at once: some libraries' threads never end
         try:
             if runner is None:
                 runner = Runner(*message)
