@@ -55,7 +55,8 @@ class Scratch {
 ///
 /// The pixels are those of torchvision.transforms.v2.functional on uint8 tensors, stage by stage
 /// with uint8 rounding in between: bit for bit up to the blur, whose sums may round the other
-/// way in rare ties (1/255). Results are bitwise the same on every instruction set.
+/// way in rare ties (1/255). Its PIL path is within 1/255 of that, except for hue, which Pillow
+/// knows in 256 steps only: 15/255 at most. Results are bitwise the same on every instruction set.
 ///
 /// `out` receives [out_h, out_w, 3] values of options.dtype. Thread-safe for distinct `out` and
 /// `scratch`. Throws std::invalid_argument before anything is written if the parameters do not

@@ -1,5 +1,6 @@
 """Patch views: torchvision's pixels, reference = C++, every instruction set the same, the draws."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -36,10 +37,11 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+@functools.cache
 def all_colours() -> np.ndarray:
-    """Each combination of 64 red, 64 green and 64 blue values, the extremes among them."""
-    levels = np.append(np.arange(0, 252, 4), 255).astype(np.uint8)
-    return np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(512, 512, 3)
+    """Each combination of 40 levels of red, green and blue, the extremes among them."""
+    levels = np.linspace(0, 255, 40).round().astype(np.uint8)
+    return np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(250, 256, 3)
 
 
 def view_row(image: np.ndarray, **columns: float) -> np.ndarray:
@@ -217,6 +219,22 @@ def test_pipeline_is_torchvisions(size: tuple[int, int], interpolation: str) -> 
     for p, b in np.ndindex(table.shape[:2]):
         truth = theirs(images[b], table[p, b], size, interpolation)
         assert difference(patches[p, b], truth) <= 1, table[p, b]
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "gray", "hue"])
+def test_how_far_pillows_colours_are(name: str) -> None:
+    """One level, but for hue: Pillow's has 256 steps, which few saturated colours see as 15."""
+    Image = pytest.importorskip("PIL.Image")
+    for image in (all_colours(), photo(64, 64)):
+        pil = Image.fromarray(image)
+        for factor in (0.1, 0.4) if name == "hue" else (0.3, 0.7, 1.4, 1.8):
+            if name == "gray":
+                row, truth = view_row(image, gray=1), F.rgb_to_grayscale(pil, 3)
+            else:
+                row = view_row(image, order=0, **{name: factor})
+                truth = STAGES[COLUMN[name] - COLUMN["brightness"]](pil, factor)
+            apart = difference(ours(image, row, image.shape[:2]), np.asarray(truth))
+            assert apart <= (15 if name == "hue" else 1)
 
 
 # --------------------------------------------------------- pixels: all implementations, all types

@@ -9,7 +9,7 @@ crop + resize, flip, jitter, grayscale, blur, solarize, normalise: (x / 255 - me
 
 The pixels are those of `torchvision.transforms.v2.functional` on uint8 tensors (bit for bit on a
 CPU with AVX2, whose resize has 16-bit weights; the blur may round a tie the other way). Its PIL
-path differs by at most 1/255 in resize and blends, and more in hue, where PIL works in integers.
+path is within 1/255 of them, except for hue, which Pillow knows in 256 steps: 15/255 at most.
 """
 
 import itertools
