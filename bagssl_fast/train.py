@@ -42,7 +42,7 @@ def train(run: Run) -> bool:
         Diverged: When the loss is not finite; the last good state is on disk.
     """
     config, device, optimizer = run.config, run.ranks.device, run.optimizer
-    # Looking at a number makes a GPU wait: there the loss is judged every few steps only.
+    # Looking at a number makes a GPU wait: there the loss is looked at every few steps only.
     check_every = 1 if device.type == "cpu" else min(config.log_every, 20)
     save_every = math.ceil(config.checkpoint_every * run.steps_per_epoch)
     reporter = Reporter(
@@ -59,9 +59,9 @@ def train(run: Run) -> bool:
             with torch.autocast(device.type, run.precision, run.precision != torch.float32):
                 h, z = run.forward(patches)
             loss, terms = run.loss(z.float())
-            meter.add(loss, patches, h)
+            meter.add(loss, terms, h)
             if run.step % check_every == 0:
-                meter.raise_if_broken(terms, good=check_every == 1)
+                meter.raise_if_broken(terms)
 
             optimizer.zero_grad(set_to_none=True)
             run.scaler.scale(loss).backward()
@@ -76,12 +76,12 @@ def train(run: Run) -> bool:
 
             last = run.step == run.total_steps
             if run.step % config.log_every == 0 or last:
-                reporter.report(run.step, meter.record(terms, h, z))
+                reporter.report(run.step, meter.record(h, z))
             reporter.advance()
             due = last or (save_every > 0 and run.step % save_every == 0)
             asked = run.step % check_every == 0 and run.ranks.maximum([stop.received])[0] > 0
             if due or asked:
-                meter.raise_if_broken(terms, good=False)
+                meter.raise_if_broken(terms, weights=True)
                 save(run)
             if last or asked:
                 return last
@@ -136,27 +136,28 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
-        self.loss = torch.zeros((), device=self.run.ranks.device)
+        self.sums: dict[str, Tensor] = {}  # the loss and its terms, over the steps
         self.steps = self.images = self.patches = 0
         self.time, self.wait = time.monotonic(), self.run.loader.data_wait
 
-    def add(self, loss: Tensor, patches: Tensor, h: Tensor) -> None:
+    def add(self, loss: Tensor, terms: dict[str, Tensor], h: Tensor) -> None:
         """Takes in one step, before its update."""
         self.finite &= torch.isfinite(loss.detach())
-        self.loss += loss.detach()
+        named = {"loss": loss.detach()} | {f"term/{name}": value for name, value in terms.items()}
+        for name, value in named.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps += 1
-        self.images += patches.shape[1]
+        self.images += h.shape[1]
         self.patches += h.shape[0] * h.shape[1]
 
-    def record(self, terms: dict[str, Tensor], h: Tensor, z: Tensor) -> dict[str, float]:
+    def record(self, h: Tensor, z: Tensor) -> dict[str, float]:
         """The numbers since the last call: means over the ranks, sums for the rates."""
         run = self.run
         seconds = max(time.monotonic() - self.time, 1e-9)
         waited = (run.loader.data_wait - self.wait) / seconds
         of_h, of_z = collapse(h[0].detach()), collapse(z[0].detach())
         means = {
-            "loss": self.loss.item() / max(self.steps, 1),
-            **{f"term/{name}": float(value) for name, value in terms.items()},
+            **{name: float(value) / self.steps for name, value in self.sums.items()},
             "data_wait": waited,
             **{f"{key}_h": value for key, value in of_h.items()},
             **{f"{key}_z": value for key, value in of_z.items()},
@@ -173,23 +174,27 @@ class Meter:
             "memory_mb": run.ranks.maximum([memory_mb(run.ranks.device)])[0],
         }
 
-    def raise_if_broken(self, terms: dict[str, Tensor], good: bool) -> None:
-        """Stops the run if a loss was not finite on any rank.
+    def raise_if_broken(self, terms: dict[str, Tensor], weights: bool = False) -> None:
+        """Stops the run if a loss was not finite on any rank; checkpoints stay as they are.
 
         Args:
             terms: Of the step at hand, to name the culprit.
-            good: Whether the weights are still those before the bad step: they are saved then.
+            weights: Look at the weights too, before they are saved.
         """
         run = self.run
-        if run.ranks.maximum([float(not self.finite.item())])[0] == 0:
+        finite = bool(self.finite)
+        if weights:
+            tensors = [v for v in run.model.state_dict().values() if v.is_floating_point()]
+            finite &= bool(torch.stack([v.isfinite().all() for v in tensors]).all())
+        if run.ranks.maximum([float(not finite)])[0] == 0:
             return
         bad = [f"{k} = {float(v)}" for k, v in terms.items() if not math.isfinite(float(v))]
-        if good:
-            save(run)
+        if not bad:
+            bad = ["the sum of the terms" if not self.finite else "a weight after the update"]
         kept = checkpoint.latest(run.run_dir)
         raise Diverged(
-            f"step {run.step + 1}: the loss is not finite ({', '.join(bad) or 'its sum'}); "
-            f"last good state: {kept or 'none was saved yet'}. A lower --optim.lr, a longer "
+            f"near step {run.step + 1}: the loss is not finite ({', '.join(bad)}); last good "
+            f"state: {kept or 'none was saved yet'}. A lower --optim.lr, a longer "
             "--optim.warmup_epochs, --optim.clip_grad 1 or --precision fp32 usually help"
         )
 
