@@ -36,7 +36,7 @@ def _axis_scale(size, out_size, BICUBIC: tl.constexpr):
 
 
 @triton.jit
-def axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
+def _axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
     """Of the output pixels offs: first and end of their windows, sum and largest of the weights."""
     scale, support, inverse = _axis_scale(size, out_size, BICUBIC)
     center = scale * (offs.to(tl.float64) + 0.5)
@@ -51,14 +51,21 @@ def axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
         weight = tl.where(at < end, weight, 0.0)
         total += weight
         peak = tl.maximum(peak, weight)
-    total = tl.where(total == 0.0, 1.0, total)
-    return first, end, total, peak / total
+    return first, end, tl.where(total == 0.0, 1.0, total), peak
 
 
 @triton.jit
-def axis_precision(peak, mask):
-    """The most bits with which the axis' largest weight still fits an int16."""
-    largest = tl.max(tl.where(mask, peak, 0.0).to(tl.float32))
+def axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
+    """Of the output pixels offs: first and end of their windows, sum of the weights."""
+    first, end, total, peak = _axis_windows(size, out_size, offs, BICUBIC)
+    return first, end, total
+
+
+@triton.jit
+def axis_precision(size, out_size, offs, BICUBIC: tl.constexpr):
+    """The most bits with which the largest weight of an axis, whose pixels are offs, fits an int16."""
+    first, end, total, peak = _axis_windows(size, out_size, offs, BICUBIC)
+    largest = tl.max(tl.where(offs < out_size, peak / total, 0.0).to(tl.float32))
     precision = tl.full((), 0, tl.int32)
     bound = largest * 2.0
     for _ in range(MAX_PRECISION):
@@ -91,7 +98,12 @@ def resize_tile(
     BICUBIC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """Output pixels offs_i x offs_j of a resized crop; every source pixel they need is read once."""
+    """Output pixels offs_i x offs_j of a resized crop; every source pixel they need is read once.
+
+    All channels go through one product per axis: rows (y, channel) x columns (j, byte of weight),
+    then rows (i, byte of weight) x columns (channel, j). No float32 sum of bytes' products over a
+    block exceeds 2^24: they are exact.
+    """
     in_i = offs_i < out_h
     in_j = (offs_j >= 0) & (offs_j < out_w)
     low_y = tl.min(tl.where(in_i, first_i, crop_h))
@@ -99,50 +111,54 @@ def resize_tile(
     low_x = tl.min(tl.where(in_j, first_j, crop_w))
     high_x = tl.max(tl.where(in_j, end_j, 0))
 
-    r = tl.zeros((TILE_H, TILE_W), tl.int32)
-    g = tl.zeros((TILE_H, TILE_W), tl.int32)
-    b = tl.zeros((TILE_H, TILE_W), tl.int32)
+    offs_yc = tl.arange(0, 4 * BLOCK_Y)
+    channel = offs_yc % 4
+    total = tl.zeros((TILE_H, 4 * TILE_W), tl.int32)
     for y in range(low_y, high_y, BLOCK_Y):
-        offs_y = y + tl.arange(0, BLOCK_Y)
-        narrow_r = tl.zeros((BLOCK_Y, TILE_W), tl.int32)
-        narrow_g = tl.zeros((BLOCK_Y, TILE_W), tl.int32)
-        narrow_b = tl.zeros((BLOCK_Y, TILE_W), tl.int32)
+        narrow = tl.zeros((4 * BLOCK_Y, TILE_W), tl.int32)
+        row_y = y + offs_yc // 4
+        row_ptr = crop_ptr + row_y.to(tl.int64) * stride + channel
+        row_mask = (row_y < high_y) & (channel < 3)
         for x in range(low_x, high_x, BLOCK_X):
             offs_x = x + tl.arange(0, BLOCK_X)
+            mask = row_mask[:, None] & (offs_x < high_x)[None, :]
+            pixels = tl.load(row_ptr[:, None] + offs_x[None, :] * 3, mask=mask, other=0)
             high, low = _weights(
                 crop_w, out_w, offs_j[None, :], offs_x[:, None], first_j[None, :], end_j[None, :],
                 total_j[None, :], precision_j, BICUBIC,
             )  # fmt: skip
-            source_ptr = crop_ptr + offs_y.to(tl.int64)[:, None] * stride + offs_x[None, :] * 3
-            mask = (offs_y < high_y)[:, None] & (offs_x < high_x)[None, :]
-            narrow_r += _exact_product(tl.load(source_ptr, mask=mask, other=0), high, low)
-            narrow_g += _exact_product(tl.load(source_ptr + 1, mask=mask, other=0), high, low)
-            narrow_b += _exact_product(tl.load(source_ptr + 2, mask=mask, other=0), high, low)
+            weights = tl.reshape(tl.join(high, low), (BLOCK_X, 2 * TILE_W))
+            product = tl.dot(pixels.to(tl.float16), weights)
+            high_sum, low_sum = tl.split(tl.reshape(product, (4 * BLOCK_Y, TILE_W, 2)))
+            narrow += high_sum.to(tl.int32) * 256 + low_sum.to(tl.int32)
+        rows = tl.reshape(_round(narrow, precision_j).to(tl.float16), (BLOCK_Y, 4 * TILE_W))
+        offs_y = y + tl.arange(0, BLOCK_Y)
         high, low = _weights(
             crop_h, out_h, offs_i[:, None], offs_y[None, :], first_i[:, None], end_i[:, None],
             total_i[:, None], precision_i, BICUBIC,
         )  # fmt: skip
-        r += _exact_product_left(high, low, _round(narrow_r, precision_j))
-        g += _exact_product_left(high, low, _round(narrow_g, precision_j))
-        b += _exact_product_left(high, low, _round(narrow_b, precision_j))
-    r = _round(r, precision_i).to(tl.float32)
-    g = _round(g, precision_i).to(tl.float32)
-    b = _round(b, precision_i).to(tl.float32)
+        weights = tl.reshape(tl.permute(tl.join(high, low), (0, 2, 1)), (2 * TILE_H, BLOCK_Y))
+        product = tl.reshape(tl.dot(weights, rows), (TILE_H, 2, 4 * TILE_W))
+        high_sum, low_sum = tl.split(tl.permute(product, (0, 2, 1)))
+        total += high_sum.to(tl.int32) * 256 + low_sum.to(tl.int32)
+    return split_channels(_round(total, precision_i).to(tl.float32), TILE_H, TILE_W)
+
+
+@triton.jit
+def split_channels(rows, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """[TILE_H, 4 TILE_W], rows of (channel, column), to three planes."""
+    pixels = tl.permute(tl.reshape(rows, (TILE_H, 2, 2, TILE_W)), (0, 3, 1, 2))
+    rg_b = tl.split(pixels)  # channels (0, 2), (1, 3)
+    r, b = tl.split(rg_b[0])
+    g, unused = tl.split(rg_b[1])
     return r, g, b
 
 
 @triton.jit
-def _exact_product(pixels, high, low):
-    """pixels [Y, X] times weights [X, J], exactly: no float32 sum of bytes' products exceeds 2^24."""
-    pixels = pixels.to(tl.float16)
-    return tl.dot(pixels, high).to(tl.int32) * 256 + tl.dot(pixels, low).to(tl.int32)
-
-
-@triton.jit
-def _exact_product_left(high, low, pixels):
-    """weights [I, Y] times pixels [Y, J], exactly."""
-    pixels = pixels.to(tl.float16)
-    return tl.dot(high, pixels).to(tl.int32) * 256 + tl.dot(low, pixels).to(tl.int32)
+def join_channels(r, g, b, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Three planes to [TILE_H, 4 TILE_W]; the fourth channel is zero."""
+    pixels = tl.join(tl.join(r, b), tl.join(g, tl.zeros_like(b)))
+    return tl.reshape(tl.permute(pixels, (0, 2, 3, 1)), (TILE_H, 4 * TILE_W))
 
 
 # ---------------------------------------------------------------------------------------- colour
@@ -285,7 +301,7 @@ def _gaussian(distance, sigma, pad):
 
 
 @triton.jit
-def blur_band(out, source, size, sigma, pad):
+def _blur_band(out, source, size, sigma, pad):
     """Weights of pixels `source` for blurred pixels `out` of an axis reflected at both its ends."""
     total = 1.0
     for k in range(1, pad + 1):
@@ -295,6 +311,18 @@ def blur_band(out, source, size, sigma, pad):
     mirrored = 2 * (size - 1) - source
     weight += tl.where(source < size - 1, _gaussian(mirrored - out, sigma, pad), 0.0)
     return tl.where((source >= 0) & (source < size) & (out < size), weight / total, 0.0)
+
+
+@triton.jit
+def blur_tile(
+    r, g, b, offs_y, offs_x, offs_i, offs_j, out_h, out_w, sigma, pad,
+    PRECISION: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    """What pixels offs_y x offs_x contribute to blurred pixels offs_i x offs_j: [4 TILE_H, TILE_W]."""
+    down = _blur_band(offs_i[:, None], offs_y[None, :], out_h, sigma, pad)
+    across = _blur_band(offs_j[None, :], offs_x[:, None], out_w, sigma, pad)
+    rows = tl.dot(down, join_channels(r, g, b, TILE_H, TILE_W), input_precision=PRECISION)
+    return tl.dot(tl.reshape(rows, (4 * TILE_H, TILE_W)), across, input_precision=PRECISION)
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def grad_tile(is_float32: bool) -> Tile:
     """Tile of a gradient, Gram times z; float32 in three TF32 products has registers for 64 x 64."""
     if is_float32:
         return Tile(64, 64, depth=32, num_warps=4, num_stages=3)
-    return Tile(64, 128, depth=64, num_warps=4, num_stages=3)
+    return Tile(64, 128, depth=64, num_warps=8, num_stages=3)
 
 
 def row_strip(rows: int, cols: int, programs: int) -> Strip:
@@ -112,11 +112,12 @@ class ViewTiles:
 
 
 def view_tiles(height: int, width: int) -> ViewTiles:
-    """A patch in registers up to 64 x 64 (3 x 16 values per thread of 8 warps), tiles above.
+    """A patch in registers up to 64 x 64, tiles of that size above.
 
-    Source blocks of 32 x 64: the shortest that fill a tensor core's depth in both products.
+    Many warps, since a thread holds three planes, three sums and a block of float64 weights: with
+    twice the pixels per thread the compiler spills. Source blocks of 32 x 32 for the same reason.
     """
     tile_h = min(max(next_power_of_2(height), 16), 64)
     tile_w = min(max(next_power_of_2(width), 16), 64)
-    num_warps = 8 if tile_h * tile_w > 1024 else 4
-    return ViewTiles(tile_h, tile_w, 32, 64, num_warps, programs_per_sm=2)
+    num_warps = 16 if tile_h * tile_w > 2048 else 8
+    return ViewTiles(tile_h, tile_w, 32, 32, num_warps, programs_per_sm=2)

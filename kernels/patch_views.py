@@ -31,12 +31,13 @@ from ._common import check_rank, check_tensors, device_guard, refuse, sm_count
 from ._patch_ops import (
     axis_precision,
     axis_windows,
-    blur_band,
+    blur_tile,
     grayscale,
     jitter,
     resize_tile,
     round_half_even,
     solarize_and_store,
+    split_channels,
 )
 from ._tuning import ViewTiles, view_tiles
 
@@ -98,27 +99,25 @@ def _small_views_kernel(
     offs_j = tl.arange(0, TILE_W)
     mask = (offs_i < out_h)[:, None] & (offs_j < out_w)[None, :]
     source_j = tl.where(tl.load(row_ptr + 4) != 0.0, out_w - 1 - offs_j, offs_j)
-    first_i, end_i, total_i, peak_i = axis_windows(crop_h, out_h, offs_i, BICUBIC)
-    first_j, end_j, total_j, peak_j = axis_windows(crop_w, out_w, source_j, BICUBIC)
+    first_i, end_i, total_i = axis_windows(crop_h, out_h, offs_i, BICUBIC)
+    first_j, end_j, total_j = axis_windows(crop_w, out_w, source_j, BICUBIC)
     r, g, b = resize_tile(
         crop_ptr, stride, crop_h, crop_w, out_h, out_w, offs_i, source_j,
-        first_i, end_i, total_i, axis_precision(peak_i, offs_i < out_h),
-        first_j, end_j, total_j, axis_precision(peak_j, offs_j < out_w),
+        first_i, end_i, total_i, axis_precision(crop_h, out_h, offs_i, BICUBIC),
+        first_j, end_j, total_j, axis_precision(crop_w, out_w, offs_j, BICUBIC),
         BICUBIC, TILE_H, TILE_W, BLOCK_Y, BLOCK_X,
     )  # fmt: skip
 
-    r, g, b, _ = jitter(r, g, b, mask, out_h * out_w, 0.0, row_ptr, False, False)
+    r, g, b, unused = jitter(r, g, b, mask, out_h * out_w, 0.0, row_ptr, False, False)
     r, g, b = grayscale(r, g, b, row_ptr)
     sigma = tl.load(row_ptr + 11)
     if (sigma > 0.0) & (pad > 0):
-        down = blur_band(offs_i[:, None], offs_i[None, :], out_h, sigma, pad)
-        across = blur_band(offs_j[None, :], offs_j[:, None], out_w, sigma, pad)
-        r = tl.dot(down, r, input_precision=PRECISION)
-        g = tl.dot(down, g, input_precision=PRECISION)
-        b = tl.dot(down, b, input_precision=PRECISION)
-        r = round_half_even(tl.dot(r, across, input_precision=PRECISION))
-        g = round_half_even(tl.dot(g, across, input_precision=PRECISION))
-        b = round_half_even(tl.dot(b, across, input_precision=PRECISION))
+        blurred = blur_tile(
+            r, g, b, offs_i, offs_j, offs_i, offs_j, out_h, out_w, sigma, pad,
+            PRECISION, TILE_H, TILE_W,
+        )  # fmt: skip
+        blurred = tl.reshape(round_half_even(blurred), (TILE_H, 4 * TILE_W))
+        r, g, b = split_channels(blurred, TILE_H, TILE_W)
 
     pixel_offs = (pid * out_h + offs_i[:, None]) * out_w + offs_j[None, :]
     solarize_and_store(r, g, b, row_ptr, scale_ptr, out_ptr + pixel_offs * 3, mask, NORMALIZE)
@@ -180,10 +179,8 @@ def _large_views_kernel(
         blurs = (sigma > 0.0) & (pad > 0)
         contrasts = (tl.load(row_ptr + 9) >= 0.0) & (tl.load(row_ptr + 6) != 1.0)
         keeps = blurs | contrasts
-        _, _, _, peak_i = axis_windows(crop_h, out_h, full_i, BICUBIC)
-        _, _, _, peak_j = axis_windows(crop_w, out_w, full_j, BICUBIC)
-        precision_i = axis_precision(peak_i, full_i < out_h)
-        precision_j = axis_precision(peak_j, full_j < out_w)
+        precision_i = axis_precision(crop_h, out_h, full_i, BICUBIC)
+        precision_j = axis_precision(crop_w, out_w, full_j, BICUBIC)
 
         # Resize, tile by tile: to the end at once, or into the scratch.
         grey_sum = tl.full((), 0, tl.int32)
@@ -192,8 +189,8 @@ def _large_views_kernel(
             offs_j = tile % tiles_w * TILE_W + tl.arange(0, TILE_W)
             mask = (offs_i < out_h)[:, None] & (offs_j < out_w)[None, :]
             source_j = tl.where(flip, out_w - 1 - offs_j, offs_j)
-            first_i, end_i, total_i, _ = axis_windows(crop_h, out_h, offs_i, BICUBIC)
-            first_j, end_j, total_j, _ = axis_windows(crop_w, out_w, source_j, BICUBIC)
+            first_i, end_i, total_i = axis_windows(crop_h, out_h, offs_i, BICUBIC)
+            first_j, end_j, total_j = axis_windows(crop_w, out_w, source_j, BICUBIC)
             r, g, b = resize_tile(
                 crop_ptr, stride, crop_h, crop_w, out_h, out_w, offs_i, source_j,
                 first_i, end_i, total_i, precision_i, first_j, end_j, total_j, precision_j,
@@ -205,10 +202,9 @@ def _large_views_kernel(
                 tl.store(scratch_ptr + plane + offs, g.to(tl.uint8), mask=mask)
                 tl.store(scratch_ptr + 2 * plane + offs, b.to(tl.uint8), mask=mask)
                 if contrasts:
-                    _, _, _, tile_sum = jitter(r, g, b, mask, plane, 0.0, row_ptr, False, True)
-                    grey_sum += tile_sum
+                    grey_sum += jitter(r, g, b, mask, plane, 0.0, row_ptr, False, True)[3]
             else:
-                r, g, b, _ = jitter(r, g, b, mask, plane, 0.0, row_ptr, True, False)
+                r, g, b, unused = jitter(r, g, b, mask, plane, 0.0, row_ptr, True, False)
                 r, g, b = grayscale(r, g, b, row_ptr)
                 pixel_offs = (pid * out_h + offs_i[:, None]) * out_w + offs_j[None, :]
                 solarize_and_store(
@@ -217,44 +213,39 @@ def _large_views_kernel(
 
         if keeps:
             tl.debug_barrier()  # the scratch is written by all threads before any reads it
-            mean = grey_sum.to(tl.float32) / plane.to(tl.float32)
+            mean = tl.div_rn(grey_sum.to(tl.float32), plane.to(tl.float32))
             for tile in range(num_tiles):
                 offs_i = tile // tiles_w * TILE_H + tl.arange(0, TILE_H)
                 offs_j = tile % tiles_w * TILE_W + tl.arange(0, TILE_W)
                 mask = (offs_i < out_h)[:, None] & (offs_j < out_w)[None, :]
-                r = tl.zeros((TILE_H, TILE_W), tl.float32)
-                g = tl.zeros((TILE_H, TILE_W), tl.float32)
-                b = tl.zeros((TILE_H, TILE_W), tl.float32)
                 if blurs:
                     first_y = tile // tiles_w * TILE_H - pad
                     first_x = tile % tiles_w * TILE_W - pad
-                    for y in range(first_y, first_y + TILE_H + 2 * pad, TILE_H):
-                        for x in range(first_x, first_x + TILE_W + 2 * pad, TILE_W):
+                    end_y = first_y + TILE_H + 2 * pad
+                    end_x = first_x + TILE_W + 2 * pad
+                    blurred = tl.zeros((4 * TILE_H, TILE_W), tl.float32)
+                    for y in range(first_y, end_y, TILE_H):
+                        for x in range(first_x, end_x, TILE_W):
                             offs_y = y + tl.arange(0, TILE_H)
                             offs_x = x + tl.arange(0, TILE_W)
-                            offs_y = tl.where(offs_y < first_y + TILE_H + 2 * pad, offs_y, -1)
-                            offs_x = tl.where(offs_x < first_x + TILE_W + 2 * pad, offs_x, -1)
-                            yr, yg, yb, inside = _load_scratch(
+                            offs_y = tl.where(offs_y < end_y, offs_y, -1)
+                            offs_x = tl.where(offs_x < end_x, offs_x, -1)
+                            r, g, b, inside = _load_scratch(
                                 scratch_ptr, offs_y, offs_x, out_h, out_w
                             )
-                            yr, yg, yb, _ = jitter(
-                                yr, yg, yb, inside, plane, mean, row_ptr, True, False
+                            r, g, b, unused = jitter(
+                                r, g, b, inside, plane, mean, row_ptr, True, False
                             )
-                            yr, yg, yb = grayscale(yr, yg, yb, row_ptr)
-                            down = blur_band(offs_i[:, None], offs_y[None, :], out_h, sigma, pad)
-                            across = blur_band(offs_j[None, :], offs_x[:, None], out_w, sigma, pad)
-                            yr = tl.dot(down, yr, input_precision=PRECISION)
-                            yg = tl.dot(down, yg, input_precision=PRECISION)
-                            yb = tl.dot(down, yb, input_precision=PRECISION)
-                            r = tl.dot(yr, across, r, input_precision=PRECISION)
-                            g = tl.dot(yg, across, g, input_precision=PRECISION)
-                            b = tl.dot(yb, across, b, input_precision=PRECISION)
-                    r = round_half_even(r)
-                    g = round_half_even(g)
-                    b = round_half_even(b)
+                            r, g, b = grayscale(r, g, b, row_ptr)
+                            blurred += blur_tile(
+                                r, g, b, offs_y, offs_x, offs_i, offs_j, out_h, out_w, sigma, pad,
+                                PRECISION, TILE_H, TILE_W,
+                            )  # fmt: skip
+                    blurred = tl.reshape(round_half_even(blurred), (TILE_H, 4 * TILE_W))
+                    r, g, b = split_channels(blurred, TILE_H, TILE_W)
                 else:
-                    r, g, b, _ = _load_scratch(scratch_ptr, offs_i, offs_j, out_h, out_w)
-                    r, g, b, _ = jitter(r, g, b, mask, plane, mean, row_ptr, True, False)
+                    r, g, b, inside = _load_scratch(scratch_ptr, offs_i, offs_j, out_h, out_w)
+                    r, g, b, unused = jitter(r, g, b, mask, plane, mean, row_ptr, True, False)
                     r, g, b = grayscale(r, g, b, row_ptr)
                 pixel_offs = (pid * out_h + offs_i[:, None]) * out_w + offs_j[None, :]
                 solarize_and_store(
