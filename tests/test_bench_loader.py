@@ -17,7 +17,7 @@ def rows(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]
     pytest.importorskip("torchvision")
     out = tmp_path_factory.mktemp("bench")
     command = [sys.executable, str(ROOT / "bench" / "bench_loader.py"), "--quick"]
-    command += ["--cases", "a,c,d,e", "--providers", "torchvision PIL", "--images", "8"]
+    command += ["--cases", "a,c,d", "--providers", "torchvision PIL", "--images", "6"]
     command += ["--rounds", "2", "--threads", "1", "--data", str(data_dir)]
     command += ["--json", str(out / "rows.json"), "--csv", str(out / "rows.csv")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -37,7 +37,7 @@ def test_rows_have_the_schema(rows: list[dict]) -> None:
     assert len(keys) == len(set(keys)), "a row's key must be its own"
 
 
-def test_every_case_compares(rows: list[dict]) -> None:
+def test_cases_compare(rows: list[dict]) -> None:
     value = {(row["case"], row["provider"], row["metric"]): row["value"] for row in rows}
     metric = "patches per core"
     ours, theirs = (value["a", name, metric] for name in ("bagssl_fast", "torchvision PIL"))
@@ -46,5 +46,4 @@ def test_every_case_compares(rows: list[dict]) -> None:
     ratio = value["a", "bagssl_fast", f"{metric}, ratio to torchvision PIL"]
     assert ratio == pytest.approx(ours / theirs, rel=0.5)
     assert value["c", "bagssl_fast", "parity"] == 0
-    assert {case[0] for case, _, _ in value} == {"a", "c", "d", "e"}
-    assert any(case.startswith("e, short side 256") for case, _, _ in value)
+    assert {case[0] for case, _, _ in value} == {"a", "c", "d"}
