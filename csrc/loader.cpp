@@ -159,7 +159,9 @@ Loader::Status Loader::next(int timeout_ms, Batch* batch) {
     }
     std::sort(slot.skipped.begin(), slot.skipped.end(),
               [](const auto& a, const auto& b) { return a.first < b.first; });
-    for (auto& [row, bad] : slot.skipped) skipped_.push_back(std::move(bad));
+    for (auto& [row, bad] : slot.skipped) {
+      if (skipped_indices_.insert(bad.index).second) skipped_.push_back(std::move(bad));
+    }
     batch->slot = slot_index;
     batch->indices = std::move(slot.indices);
     batch->error = std::move(slot.error);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -81,7 +82,7 @@ class Loader {
   /// Ends the epoch and its threads; what is in the making is dropped.
   void stop();
 
-  /// Images that were replaced so far, in the order in which their batches were taken.
+  /// Images that were replaced so far, each once, in the order in which they were first met.
   const std::vector<BadImage>& skipped() const { return skipped_; }
 
  private:
@@ -112,6 +113,7 @@ class Loader {
   std::unique_ptr<Run> run_;
   pid_t pid_;
   std::vector<BadImage> skipped_;
+  std::unordered_set<int64_t> skipped_indices_;
 };
 
 }  // namespace bagssl

@@ -307,7 +307,7 @@ def bomb() -> bytes:
 BAD = {
     "truncated": (lambda: jpeg(pictures(1, 90, 90)[0])[:-1500], "truncated JPEG|truncated"),
     "truncated_png": (lambda: png(pictures(1)[0])[:-400], "truncated"),
-    "only_a_header": (lambda: jpeg(pictures(1)[0])[:50], "truncated|not an image"),
+    "only_a_header": (lambda: jpeg(pictures(1)[0])[:50], "(?i)truncated|not an image"),
     "zero_bytes": (lambda: b"", "empty"),
     "text": (lambda: b"this is no image", "not an image"),
     "noise_after_start": (lambda: b"\xff\xd8\xff" + bytes(200), "JPEG|not an image"),
@@ -574,7 +574,7 @@ def test_interpreter_ends_while_threads_decode(folder):
         "iterator = iter(loader)\nnext(iterator)\nprint('end')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 

@@ -57,8 +57,9 @@ def _decode_plain_jpeg(data: memoryview | bytes, max_pixels: int) -> NDArray[np.
         return None
     _check_size(width, height, max_pixels)
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False)
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
     except ValueError:
+        # A truncated file, or one that libjpeg only warns about: Pillow tells them apart.
         return None
 
 

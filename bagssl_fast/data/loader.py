@@ -278,7 +278,7 @@ class BagLoader:
     def skipped(self) -> list[tuple[str, str]]:
         """Images that could not be decoded and were replaced: name and reason, each once."""
         found = self._native.skipped if self._native is not None else self._last_skipped
-        return [(self.source.name(index), reason) for index, reason in dict(found).items()]
+        return [(self.source.name(index), reason) for index, reason in found]
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches taken in it, and what the order of batches depends on."""
