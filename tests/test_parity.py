@@ -21,7 +21,7 @@ STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 
 
 class Case(NamedTuple):
-    """Inputs of one call: tensors by name (floating ones are cast and differentiated) and options."""
+    """Inputs of one call: tensors by name (floating ones are differentiated), and options."""
 
     id: str
     tensors: Callable[[], dict[str, Tensor]]
@@ -234,7 +234,7 @@ def test_impl_is_explicit_then_process_wide_then_the_device(monkeypatch):
         ops.tcr(z, impl="cpu")
         ops.set_impl("cuda")
         with pytest.raises(
-            ValueError, match="impl='cuda' was given a tensor on cpu.*\"reference\""
+            ValueError, match=r"impl='cuda' was given a tensor on cpu.*\"reference\""
         ):
             ops.tcr(z)
         monkeypatch.setitem(ops.DISPATCH, "tcr", ("reference", "cpu", None))

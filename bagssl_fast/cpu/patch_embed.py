@@ -180,13 +180,14 @@ class _Correlation:
         return sums[:, :, top : top + self.height].flatten(2)
 
     def weight_sums(self, weight: Tensor) -> Tensor:
-        """[R, h C, M]."""
-        return torch.einsum("mchv,vr->rhcm", weight.to(self.dtype), self.of_weight).flatten(1, 2)
+        """[R, h C, M] of [M, C, h, w]."""
+        by_column = weight.to(self.dtype).permute(3, 2, 1, 0)  # [w, h, C, M]
+        return (self.of_weight.T @ by_column.flatten(1)).unflatten(1, (-1, weight.shape[0]))
 
     def weight_gradient(self, dsums: Tensor, channels: int) -> Tensor:
         """dW [M, C, h, w] from the gradient of `weight_sums`, transposed: [R, M, h C]."""
-        dsums = dsums.unflatten(2, (self.height, channels))
-        return torch.einsum("rmhc,vr->mchv", dsums, self.of_weight)
+        by_column = (self.of_weight @ dsums.flatten(1)).unflatten(1, (-1, self.height, channels))
+        return by_column.permute(1, 3, 2, 0)
 
     def chunks(self, batch: int, out_dim: int) -> Iterator[slice]:
         step = max(1, CHUNK // (self.num_products * out_dim))
@@ -210,13 +211,19 @@ def _grid_forward(
     for part in correlation.chunks(images.shape[0], out_dim):
         pixel_sums = correlation.pixel_sums(images[part], mean, std)
         products = pixel_sums.new_empty(correlation.num_products, pixel_sums.shape[1], out_dim)
-        buffer = y.new_empty(y[0, :, part].shape, dtype=correlation.dtype)  # [L, b, M]
+        columns = slice(part.start * out_dim, part.stop * out_dim)
         for row, top in enumerate(grid.tops):
             torch.bmm(correlation.rows(pixel_sums, top), weight_sums, out=products)
-            torch.mm(correlation.of_out, products.flatten(1), out=buffer.flatten(1))
+            target = y[row].flatten(1)[:, columns]  # [L, b M]
+            exact = target.dtype == products.dtype
+            out = target if exact else torch.empty_like(target, dtype=products.dtype)
+            torch.mm(correlation.of_out, products.flatten(1), out=out)
             if bias is not None:
-                buffer += bias
-            y[row, :, part] = buffer.relu_() if relu else buffer
+                out.unflatten(1, (-1, out_dim)).add_(bias)
+            if relu:
+                out.relu_()
+            if not exact:
+                target.copy_(out)
 
 
 def _grid_backward(

@@ -1,0 +1,104 @@
+"""vicreg: all three terms and their gradients, beside the VICReg authors' formula and lightly.
+
+The authors' code has two views. With P slots their formula is applied as one would: variance and
+covariance (D x D) slot by slot in a loop, the invariance as the mean over all pairs of slots; at
+P = 2 it is their code line by line. lightly's class runs where there are two slots. Timed is the
+weighted loss (25, 25, 1), forward and backward to z.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from _common import OURS
+from _ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
+from torch import Tensor
+
+from bagssl_fast import ops
+
+AUTHORS, LIGHTLY = "authors' formula", "lightly"
+SHAPES = {
+    "B256 D2048 P2": (2, 256, 2048),
+    "B512 D8192 P2": (2, 512, 8192),
+    "B2048 D2048 P2": (2, 2048, 2048),
+    "B128 D1024 P20": (20, 128, 1024),
+}
+
+
+def authors(z: Tensor) -> Tensor:
+    slots = z.unbind()
+    pairs = list(combinations(slots, 2))
+    invariance = sum(F.mse_loss(x, y) for x, y in pairs) / len(pairs)
+    variance = covariance = torch.zeros(())
+    for x in slots:
+        x = x - x.mean(dim=0)
+        std = torch.sqrt(x.var(dim=0) + 1e-4)
+        variance = variance + torch.mean(F.relu(1 - std)) / len(slots)
+        c = (x.T @ x) / (len(x) - 1)
+        n = len(c)
+        off_diagonal = c.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
+        covariance = covariance + off_diagonal.pow_(2).sum().div(n) * 2 / len(slots)
+    return 25 * invariance + 25 * variance + covariance
+
+
+def lightly(z: Tensor) -> Tensor:
+    from lightly.loss import VICRegLoss
+
+    return VICRegLoss()(z[0], z[1])
+
+
+def ours(z: Tensor, impl: str | None = None) -> Tensor:
+    invariance, variance, covariance = ops.vicreg(z, impl=impl)
+    return 25 * invariance + 25 * variance + covariance
+
+
+def reference(z: Tensor) -> Tensor:
+    return ours(z, impl="reference")
+
+
+PROVIDERS = {
+    OURS: ours,
+    AUTHORS: authors,
+    LIGHTLY: lightly,
+    REFERENCE: reference,
+    COMPILED: torch.compile(reference),
+}
+
+
+def build(provider: str, case_id: str) -> Call:
+    torch.manual_seed(0)
+    z = torch.randn(SHAPES[case_id], requires_grad=True)
+    loss = PROVIDERS[provider]
+    return lambda: gradients(loss(z), z)
+
+
+def case(case_id: str, floor: float, **options) -> OpCase:
+    num_slots, batch, dim = SHAPES[case_id]
+    peers = (AUTHORS, LIGHTLY, REFERENCE, COMPILED) if num_slots == 2 else (AUTHORS, COMPILED)
+    return OpCase(
+        case_id,
+        options.pop("providers", peers),
+        floors={AUTHORS: floor},
+        flops=4 * num_slots * min(batch, dim) * batch * dim,
+        **options,
+    )
+
+
+CASES = [
+    case("B256 D2048 P2", 8),
+    case(
+        "B512 D8192 P2",
+        12,
+        memory_floors={AUTHORS: 8},
+        rounds=3,
+        quick=False,
+        providers=(AUTHORS, LIGHTLY),
+    ),
+    case("B2048 D2048 P2", 1.5, rounds=5, quick=False),
+    case("B128 D1024 P20", 8, rounds=5),
+]
+
+if __name__ == "__main__":
+    main("bench_vicreg", __doc__, CASES, build)

@@ -1,0 +1,31 @@
+"""The op benches under pytest-benchmark: `pytest bench --benchmark-only`, one group per case."""
+
+from __future__ import annotations
+
+import bench_bag_pool
+import bench_dense
+import bench_patch_embed
+import bench_tcr
+import bench_vicreg
+import pytest
+from _common import OURS
+from _ops import COMPILED, OpCase
+
+BENCHES = (bench_vicreg, bench_tcr, bench_bag_pool, bench_patch_embed, bench_dense)
+
+
+def runs() -> list:
+    return [
+        pytest.param(bench.build, case, name, id=f"{bench.__name__[6:]}-{case.id}-{name}")
+        for bench in BENCHES
+        for case in bench.CASES
+        for name in (OURS, *case.providers)
+        # The rest takes minutes: `python bench/bench_<op>.py`.
+        if case.quick and name != COMPILED
+    ]
+
+
+@pytest.mark.parametrize(("build", "case", "name"), runs())
+def test_op(benchmark, build, case: OpCase, name: str):
+    benchmark.group = case.id
+    benchmark.pedantic(build(name, case.id), rounds=min(case.rounds, 5), warmup_rounds=1)
