@@ -75,3 +75,16 @@ class Loader:
     def stop(self) -> None: ...
     @property
     def skipped(self) -> list[tuple[int, str]]: ...
+
+def patch_views(
+    images: Sequence[NDArray[np.uint8]],
+    params: NDArray[np.float32],
+    *,
+    size: tuple[int, int],
+    interpolation: str = "bilinear",
+    blur_kernel: int = 0,
+    mean: Sequence[float] = (0, 0, 0),
+    std: Sequence[float] = (1, 1, 1),
+    dtype: str = "float32",
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]: ...
