@@ -1,32 +1,26 @@
-"""BagLoader by what can go wrong: bad files, order, resuming, threads, fork, leaks, arguments."""
+"""BagLoader by what can go wrong: order, resuming, threads, fork, leaks, options, arguments."""
 
 import dataclasses
 import gc
-import io
 import os
-import re
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import weakref
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from bags import AUGMENT, PLAIN, bags, make, same, write_folder
+from pictures import jpeg, noise
 
 from bagssl_fast import _C
 from bagssl_fast.augment import Augment
-from bagssl_fast.data import BagLoader, ImageError, open_source
+from bagssl_fast.data import open_source
 from bagssl_fast.data.order import batch_ends, epoch_rows, num_batches
-
-AUGMENT = Augment(size=8, blur_kernel=3)
-PLAIN = Augment.none(size=8, scale=(0.3, 0.9), ratio=(0.7, 1.4))
 
 
 @pytest.fixture(autouse=True)
@@ -34,54 +28,14 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def pictures(count: int = 24, height: int = 20, width: int = 26) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
-
-
-def jpeg(pixels: np.ndarray, **options) -> bytes:
-    """Grey, RGB or, of four channels, CMYK."""
-    out = io.BytesIO()
-    image = Image.fromarray(pixels)
-    if image.mode == "RGBA":
-        image = Image.frombytes("CMYK", image.size, pixels.tobytes())
-    image.save(out, "JPEG", **{"quality": 90, **options})
-    return out.getvalue()
-
-
 @pytest.fixture
 def array_source():
-    return open_source(pictures(), labels=np.arange(24) % 5)
+    return open_source(noise(), labels=np.arange(24) % 5)
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """24 JPEGs and PNGs in three classes."""
-    for i, pixels in enumerate(pictures()):
-        path = tmp_path / "set" / "abc"[i % 3] / f"{i:02d}.{'png' if i % 4 == 3 else 'jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    return tmp_path / "set"
-
-
-def make(source, **options) -> BagLoader:
-    defaults = {"batch_size": 4, "patches": 3, "augment": AUGMENT, "num_threads": 2}
-    return BagLoader(source, **{**defaults, **options})
-
-
-def bags(loader: BagLoader) -> dict[int, torch.Tensor]:
-    """One epoch's bags by index."""
-    result = {}
-    for batch in loader:
-        for row, index in enumerate(batch.index.tolist()):
-            assert index not in result
-            result[index] = batch.patches[:, row].clone()
-    return result
-
-
-def same(one: dict[int, torch.Tensor], other: dict[int, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for index, bag in one.items():
-        torch.testing.assert_close(bag, other[index], rtol=0, atol=0)
+    return write_folder(tmp_path / "set")
 
 
 # What a batch is
@@ -144,7 +98,7 @@ def test_batch_stays_while_the_next_one_is_taken_and_clone_stays_for_ever(array_
 
 
 def test_unlabelled_images_have_label_minus_one():
-    with make(open_source(pictures())) as loader:
+    with make(open_source(noise())) as loader:
         assert next(iter(loader)).labels.tolist() == [-1] * 4
 
 
@@ -160,7 +114,7 @@ def test_evaluation_samplers_do_not_augment(array_source, sampler):
 
 def test_fixed_patch_larger_than_the_image_is_the_largest_that_fits():
     with make(
-        open_source(pictures(4, 3, 50)), augment=dataclasses.replace(PLAIN, scale=(1, 1))
+        open_source(noise(4, 3, 50)), augment=dataclasses.replace(PLAIN, scale=(1, 1))
     ) as loader:
         assert torch.isfinite(next(iter(loader)).patches).all()
 
@@ -274,158 +228,11 @@ def test_state_of_other_settings_is_refused(array_source):
     with pytest.raises(ValueError, match=r"seed was 0, is 1.*settings"):
         make(array_source, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="source was"):
-        make(open_source(pictures(24, 9, 9))).load_state_dict(state)
+        make(open_source(noise(24, 9, 9))).load_state_dict(state)
     with pytest.raises(ValueError, match="step 99"):
         make(array_source).load_state_dict({**state, "step": 99})
     # The world may change as long as the global batch does not.
     make(array_source, batch_size=2, world_size=2).load_state_dict(state)
-
-
-# Bad files
-
-
-def exif_rotated() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return jpeg(pictures(1)[0], exif=exif.tobytes())
-
-
-def png(pixels: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
-def bomb() -> bytes:
-    """A PNG header of 100,000 x 100,000 pixels."""
-    data = bytearray(png(pictures(1)[0]))
-    data[16:24] = (100_000).to_bytes(4, "big") * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    return bytes(data)
-
-
-BAD = {
-    "truncated": (lambda: jpeg(pictures(1, 90, 90)[0])[:-1500], "truncated JPEG|truncated"),
-    "truncated_png": (lambda: png(pictures(1)[0])[:-400], "truncated"),
-    "only_a_header": (lambda: jpeg(pictures(1)[0])[:50], "(?i)truncated|not an image"),
-    "zero_bytes": (lambda: b"", "empty"),
-    "text": (lambda: b"this is no image", "not an image"),
-    "noise_after_start": (lambda: b"\xff\xd8\xff" + bytes(200), "JPEG|not an image"),
-    "bomb": (bomb, "100000 x 100000 pixels is over the limit|bomb"),
-    "unreadable": (None, "cannot open the file: No such file"),
-}
-GOOD = {
-    "cmyk": lambda: jpeg(np.asarray(Image.fromarray(pictures(1)[0]).convert("CMYK"))),
-    "grey": lambda: jpeg(pictures(1)[0, ..., 0]),
-    "exif_rotated": exif_rotated,
-    "1x1": lambda: jpeg(np.full((1, 1, 3), 200, np.uint8)),
-    "1xN": lambda: jpeg(np.full((1, 300, 3), 200, np.uint8)),
-    "65500_wide": lambda: jpeg(np.full((2, 65_500, 3), 60, np.uint8)),
-    "progressive": lambda: jpeg(pictures(1)[0], progressive=True),
-    "rgba": lambda: png(np.full((9, 9, 4), 50, np.uint8)),
-    "png_named_jpg": lambda: png(pictures(1)[0]),
-}
-
-
-def plant(folder: Path, contents) -> Path:
-    """Puts a file, or a link that leads nowhere, in the place of image 5 of 24."""
-    path = sorted((folder / "a").iterdir())[5]
-    path.unlink()
-    if contents is None:
-        path.symlink_to(folder / "gone")
-    else:
-        path.write_bytes(contents())
-    return path
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_file_is_an_error_with_name_and_reason(folder, kind):
-    contents, reason = BAD[kind]
-    path = plant(folder, contents)
-    with make(folder, drop_last=False) as loader, pytest.raises(ImageError, match=reason) as error:
-        list(loader)
-    assert error.value.name == str(path) and str(path) in str(error.value)
-    assert 'on_error="skip"' in str(error.value)
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_file_is_replaced_the_same_way_by_any_threads(folder, kind):
-    contents, reason = BAD[kind]
-    path = plant(folder, contents)
-    runs = []
-    for num_threads, batch_size in ((1, 4), (3, 6)):
-        options = {"num_threads": num_threads, "batch_size": batch_size, "shuffle": False}
-        with make(folder, on_error="skip", **options) as loader:
-            batches = [batch.clone() for batch in loader]
-            list(loader)
-            assert [name for name, _ in loader.skipped] == [str(path)]  # once, for two epochs
-            assert re.search(reason, loader.skipped[0][1])
-        runs.append(torch.cat([batch.patches for batch in batches], dim=1))
-        index = torch.cat([batch.index for batch in batches]).tolist()
-        assert index == [0, 1, 2, 3, 4, 6, 6, *range(7, 24)]
-    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-@pytest.mark.parametrize("kind", GOOD)
-def test_odd_but_good_file_is_used(folder, kind, on_error):
-    plant(folder, GOOD[kind])
-    with make(folder, drop_last=False, on_error=on_error) as loader:
-        assert len(bags(loader)) == 24
-        assert loader.skipped == []
-
-
-def test_exif_rotation_reaches_the_patches(folder):
-    plant(folder, exif_rotated)
-    source = open_source(folder)
-    assert source.decode(5).shape == (26, 20, 3)
-    upright = open_source(source.decode(5)[None])
-    options = {"patches": 1, "sampler": "center", "shuffle": False, "batch_size": 1}
-    with make(source, indices=[5], **options) as one, make(upright, **options) as two:
-        assert torch.equal(next(iter(one)).patches, next(iter(two)).patches)
-
-
-def test_images_over_max_pixels_count_as_bad(folder):
-    with make(folder, max_pixels=519) as loader, pytest.raises(ImageError, match=r"26 x 20 .*519"):
-        list(loader)
-    with make(folder, max_pixels=520) as loader:
-        list(loader)
-
-
-def test_bad_replacement_is_replaced_in_turn_and_subset_is_kept(tmp_path):
-    files = [b"" if i in (2, 3) else jpeg(p) for i, p in enumerate(pictures(6))]
-    with tarfile.open(tmp_path / "set.tar", "w") as tar:
-        for i, data in enumerate(files):
-            info = tarfile.TarInfo(f"{i}.jpg")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    options = {"on_error": "skip", "shuffle": False, "batch_size": 1}
-    with make(tmp_path / "set.tar", **options) as loader:
-        assert [int(b.index) for b in loader] == [0, 1, 4, 4, 4, 5]
-    with make(tmp_path / "set.tar", indices=[1, 2, 3], **options) as loader:
-        assert [int(b.index) for b in loader] == [1, 1, 1]  # round, within the subset
-    every_one_bad = pytest.raises(ImageError, match=r"none of the 2 images .* can be decoded")
-    with make(tmp_path / "set.tar", indices=[2, 3], **options) as loader, every_one_bad:
-        list(loader)
-
-
-def test_first_bad_image_of_the_batch_is_told_whatever_thread_was_first(folder):
-    for path in sorted((folder / "a").iterdir())[2:]:
-        path.write_bytes(b"")
-    for _ in range(5):
-        loader = make(folder, shuffle=False, batch_size=24, num_threads=4)
-        with loader, pytest.raises(ImageError) as error:
-            next(iter(loader))
-        assert error.value.name.endswith("a/06.jpg")
-
-
-def test_loader_goes_on_after_an_error(folder):
-    plant(folder, lambda: b"")
-    with make(folder, shuffle=False, batch_size=4) as loader:
-        for _ in range(2):
-            with pytest.raises(ImageError):
-                list(loader)
-            loader.set_epoch(0)
 
 
 # Threads, processes, memory
@@ -555,7 +362,7 @@ def test_fork_in_the_middle_of_an_epoch(folder):
 
 
 def test_decoding_pool_after_fork():
-    files = [jpeg(p) for p in pictures(8)]
+    files = [jpeg(p) for p in noise(8)]
     total = _C.decode_many(files, 2, None, 10**6) if _C.HAS_JPEG else None
     if total is None:
         pytest.skip("built without libjpeg-turbo")
@@ -587,7 +394,7 @@ def test_waiting_for_a_batch_can_be_interrupted(array_source, monkeypatch):
         return np.zeros((4, 4, 3), np.uint8)
 
     monkeypatch.setattr("bagssl_fast.data.loader.decode_image", slow)
-    source = open_source(pictures())
+    source = open_source(noise())
     source.native = _C.FileSource([os.fsencode(__file__)] * 24)
     with make(source, batch_size=24) as loader:
         timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
@@ -623,7 +430,7 @@ def test_no_more_than_batches_ahead_are_made(monkeypatch):
         return np.zeros((4, 4, 3), np.uint8)
 
     monkeypatch.setattr("bagssl_fast.data.loader.decode_image", counting)
-    source = open_source(pictures())
+    source = open_source(noise())
     source.native = _C.FileSource([os.fsencode(__file__)] * 24)
     with make(source, batch_size=2, batches_ahead=3) as loader:
         iterator = iter(loader)
