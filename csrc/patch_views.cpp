@@ -13,7 +13,7 @@
 namespace bagssl {
 namespace {
 
-constexpr int kLargestPatch = 1 << 14;  // so that pixel counts and byte offsets fit an int
+constexpr int kLargestPatch = 1 << 12;  // so that sums over its pixels fit an int
 constexpr int kOrders = 24;
 
 [[noreturn]] void reject(const std::string& text) {

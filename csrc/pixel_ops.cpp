@@ -7,6 +7,7 @@ namespace {
 
 const PixelOps* best_table() {
 #ifdef BAGSSL_HAS_V3
+  __builtin_cpu_init();  // this may run before the C++ runtime has asked
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kV3PixelOps;
 #endif
   return &kBaselinePixelOps;

@@ -81,7 +81,7 @@ void brightness(Planes planes, float factor) {
 
 void contrast(Planes planes, float factor, int pixels) {
   const float *r = planes.channel[0], *g = planes.channel[1], *b = planes.channel[2];
-  Ints sums = {};  // 255 * 2^23 pixels fit into a lane
+  Ints sums = {};  // 255 * 2^23 fits a lane, which sees a quarter of the pixels at most
   for (int i = 0; i < planes.size; i += kLanes) {
     sums += __builtin_convertvector(gray(load(r + i), load(g + i), load(b + i)), Ints);
   }

@@ -77,9 +77,9 @@ void WeightCache::fill(Slot& slot, int in, int out, Interpolation interp) {
 }
 
 const AxisWeights& WeightCache::get(int in, int out, Interpolation interp) {
-  const uint32_t key = static_cast<uint32_t>(in) * 2654435761u + static_cast<uint32_t>(out) * 97u +
-                       static_cast<uint32_t>(interp);
-  Slot& slot = slots_[(key ^ key >> 16) % kSlots];
+  // Neighbouring sizes, which random crops have, lie in different slots.
+  const int64_t key = int64_t{in} + 31 * int64_t{out} + 17 * static_cast<int>(interp);
+  Slot& slot = slots_[key % kSlots];
   if (slot.axis.in != in || slot.axis.out != out || slot.interp != interp) {
     slot.axis.in = 0;  // an exception below must not leave a slot that looks filled
     fill(slot, in, out, interp);
