@@ -13,7 +13,7 @@ from baselines.step import PlainModel
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bagssl_fast.features import dense_grid, dense_stride
+from bagssl_fast.features import dense_grid, dense_stride, fold_batch_norm
 
 PATCHES_AT_ONCE = 4096  # of patch-by-patch encoding
 
@@ -32,7 +32,7 @@ def bag_encoders(
     side = (images.shape[2] - case.patch) // stride + 1
     grid = dense_grid(count, side)
     corners = [(i // side * stride, i % side * stride) for i in grid]
-    ours: Any = our_model(case).to(device, memory_format=torch.channels_last).eval()
+    ours = fold_batch_norm(our_model(case)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = PlainModel(case, weights).encoder.to(device, memory_format=torch.channels_last).eval()
 
     def patch_by_patch(encode: Callable[[Tensor], Tensor], images: Tensor = images) -> Tensor:

@@ -248,12 +248,13 @@ class Bench:
             for name, turn in timed.items()
         }
         head = "".join(f"{phase:>11}" for phase in (*PHASES, "= step"))
-        print(paint(f"  {'ms':26}{head}{'patches/s':>11}{'of peak':>9}{'MiB':>7}", "dim"))
+        print(paint(f"  {'ms':26}{head}{'patches/s':>11}{'of peak':>9}{'MiB':>7}{'CPU':>9}", "dim"))
         for name, phases in self.split[case.name].items():
             cells = "".join(f"{s * 1e3:11.1f}" for s in (*phases.values(), medians[name]))
             rate = case.batch * case.patches / medians[name]
             share = self.value(case.name, name, "model FLOP/s of the peak")
-            line = f"  {name:26}{cells}{rate:11,.0f}{share:8.0f}%{memory[name]:7.0f}"
+            cpu = self.value(case.name, name, "CPU time") * case.batch
+            line = f"  {name:26}{cells}{rate:11,.0f}{share:8.0f}%{memory[name]:7.0f}{cpu:9.0f}"
             print(paint(line, "cyan" if is_ours(name) else ""))
         bars(self.split[case.name])
 
@@ -303,7 +304,7 @@ def bars(split: dict[str, dict[str, float]], width: int = 60) -> None:
     print(paint(f"  {'':26}{letters}", "dim"))
 
 
-def parse(argv: Sequence[str] | None = None) -> Any:
+def parse(argv: Sequence[str] | None = None, systems: Iterable[str] = SYSTEMS) -> Any:
     parser = arguments(__doc__, rounds=5)
     data = os.environ.get("BAGSSL_DATA", "../shared/data")
     parser.add_argument("--data", type=Path, default=Path(data), help="folder of the tars")
@@ -311,7 +312,7 @@ def parse(argv: Sequence[str] | None = None) -> Any:
     every = [*TRAINING, *EVALUATION]
     parser.add_argument("--cases", nargs="+", choices=every, metavar="CASE", help=", ".join(every))
     parser.add_argument(
-        "--systems", nargs="+", choices=[*SYSTEMS], metavar="SYSTEM", help=", ".join(SYSTEMS)
+        "--systems", nargs="+", choices=[*systems], metavar="SYSTEM", help=", ".join(systems)
     )
     parser.add_argument("--synthetic", action="store_true", help="no data path: the ceiling")
     parser.add_argument("--batch", type=int, default=0, help="images per step, at most the case's")
@@ -331,7 +332,7 @@ def parse(argv: Sequence[str] | None = None) -> Any:
 
 def main(argv: Sequence[str] | None = None, systems: dict[str, Any] | None = None) -> int:
     """Runs the bench; returns 1 if a system was refused."""
-    options = parse(argv)
+    options = parse(argv, systems or SYSTEMS)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="throughput_") as work:
         bench = Bench(options, Path(work), systems)

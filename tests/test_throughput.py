@@ -1,0 +1,194 @@
+"""The throughput bench: its rows, its refusals, its clocks. Tiny images, two systems."""
+
+import csv
+import dataclasses
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+
+import throughput
+from _cases import TRAINING, Case, Images
+from _clock import PHASES, CudaClock, Laps
+from _common import Row
+from _ours import OursDense, OursOnDevice, initial_weights
+from _parity import check, model_flops
+from baselines.emp_ssl import EMPSSL
+from baselines.step import Setup
+from PIL import Image
+from torch import Tensor
+
+CASE: Case = dataclasses.replace(TRAINING["cifar-tcr"], batch=4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tar as the bench wants it, of 8 noisy images."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    with tarfile.open(folder / "cifar10-train.tar", "w") as tar:
+        for i in range(8):
+            buffer = io.BytesIO()
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(buffer, "PNG")
+            member = tarfile.TarInfo(f"class/{i}.png")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(member, buffer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    path = tmp_path_factory.mktemp("images") / "images.npy"
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    np.save(path, pixels)
+    return Setup(CASE, Images(str(path), pixels, ()), initial_weights(CASE), steps=2)
+
+
+class WrongLoss(EMPSSL):
+    """One per cent too much."""
+
+    name = "wrong"
+
+    def loss(self, z: Tensor) -> Tensor:
+        return 1.01 * super().loss(z)
+
+
+class WrongGradient(EMPSSL):
+    """The right value, of which nothing is learnt."""
+
+    def loss(self, z: Tensor) -> Tensor:
+        return super().loss(z.detach()) + 0 * z.sum()
+
+
+def run(folder: Path, *more: str, systems: dict[str, Any] | None = None) -> int:
+    words = "--quick --cases cifar-tcr --batch 4 --steps 1 --rounds 2 --seconds 0.1 --threads 1"
+    return throughput.main([*words.split(), "--data", str(folder), *more], systems)
+
+
+def test_quick_run_has_the_schema_and_a_split_that_adds_up(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "rows.json", tmp_path / "rows.csv", tmp_path / "steps.png"]
+    flags = [
+        word
+        for pair in zip(("--json", "--csv", "--plot"), map(str, paths), strict=True)
+        for word in pair
+    ]
+    assert run(folder, *flags, "--systems", "emp_ssl", "bagssl_fast_dense") == 0
+    rows = json.loads(paths[0].read_text())
+    assert all(list(row) == [f.name for f in dataclasses.fields(Row)] for row in rows)
+    with paths[1].open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert paths[2].stat().st_size > 1000
+
+    values = {(r["provider"], r["metric"]): r["value"] for r in rows if r["case"] == "cifar-tcr"}
+    for provider in ("emp_ssl", "bagssl_fast_dense"):
+        split = sum(values[provider, phase] for phase in PHASES)
+        assert split == pytest.approx(values[provider, "step"])  # two rounds: medians are means
+        rate = values[provider, "images per second"]
+        assert values[provider, "patches per second"] == pytest.approx(25 * rate)
+        assert values[provider, "parity of the loss"] < 1e-4
+        assert values[provider, "model FLOP/s"] > 0
+    assert ("bagssl_fast_dense", "images per second, ratio to emp_ssl") in values
+    assert "parity" not in capsys.readouterr().err
+
+
+def test_a_system_that_does_other_work_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    systems = {
+        "wrong": (WrongLoss, ""),
+        "bagssl_fast_dense": throughput.SYSTEMS["bagssl_fast_dense"],
+    }
+    path = tmp_path / "rows.json"
+    flags = ["--synthetic", "--json", str(path), "--systems", *systems]
+    assert run(folder, *flags, systems=systems) == 1
+    assert "wrong is REFUSED" in capsys.readouterr().out
+    metrics = {r["metric"] for r in json.loads(path.read_text()) if r["provider"] == "wrong"}
+    assert metrics == {"parity of the loss", "parity of the gradient"}
+
+
+def test_parity_sees_the_gradient_too(setup: Setup) -> None:
+    good, bad = check(EMPSSL(setup)), check(WrongGradient(setup))
+    assert good.green
+    assert not bad.green and bad.loss < 1e-4 and bad.gradient == pytest.approx(1)
+
+
+def test_parity_leaves_the_model_as_it_was(setup: Setup) -> None:
+    system = EMPSSL(setup)
+    before = {k: v.clone() for k, v in system.model.state_dict().items()}
+    check(system)
+    assert all(torch.equal(v, before[k]) for k, v in system.model.state_dict().items())
+    assert all(p.grad is None for p in system.model.parameters())
+
+
+def test_dense_work_is_smaller_and_counted_as_it_is(setup: Setup) -> None:
+    assert model_flops(OursDense(setup)) < 0.5 * model_flops(EMPSSL(setup))
+
+
+def test_patches_cut_on_the_device_are_those_of_the_loader(setup: Setup) -> None:
+    system = OursOnDevice(setup)
+    batches = list(system.batches())
+    system.close()
+    assert [tuple(b.shape) for b in batches] == [(25, 4, 3, 16, 16)] * 2
+    assert batches[0].abs().max() <= 1.01
+    assert not torch.equal(batches[0], batches[1])
+
+
+class FakeCuda:
+    """A GPU whose clock goes on by 1, 2, 3, ... ms from mark to mark."""
+
+    def __init__(self) -> None:
+        self.marks, self.waits = 0, 0
+
+    def Event(self, enable_timing: bool) -> "FakeEvent":
+        assert enable_timing
+        return FakeEvent(self)
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.time = cuda, 0.0
+
+    def record(self) -> None:
+        self.cuda.marks += 1
+        self.time = self.cuda.marks * (self.cuda.marks + 1) / 2
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        assert self.cuda.waits >= 2, "read before the GPU had come so far"
+        return end.time - self.time
+
+
+def test_laps_on_a_gpu_are_between_events_and_wait_once() -> None:
+    cuda = FakeCuda()
+    laps = Laps(CudaClock(cuda))
+    laps.start()
+    for _ in range(2):
+        for phase in PHASES:
+            laps.lap(phase)
+    assert cuda.waits == 1
+    seconds = laps.seconds()
+    assert cuda.waits == 2
+    # The marks are 2, 3, ..., 11 ms apart; each phase has two laps, five marks from each other.
+    assert [round(seconds[phase] * 1e3) for phase in PHASES] == [9, 11, 13, 15, 17]
+    assert sum(seconds.values()) == pytest.approx(65e-3)
