@@ -143,7 +143,7 @@ class PlainModel(nn.Module):
         if case.encoder == "resnet18":
             self.encoder, dim = plain_resnet18()
         else:
-            self.encoder, dim = plain_patchnet(case.patch, case.width or 64)
+            self.encoder, dim = plain_patchnet(case.patch, case.width or 64, len(weights[0]))
         head = case.head
         hidden, out = head["hidden"], head["out"]
         if head["name"] == "emp":
@@ -168,23 +168,20 @@ def block(in_dim: int, out_dim: int) -> list[nn.Module]:
     return [nn.Linear(in_dim, out_dim, bias=False), nn.BatchNorm1d(out_dim), nn.ReLU(True)]
 
 
-def plain_patchnet(patch: int, width: int) -> tuple[nn.Module, int]:
+def plain_patchnet(patch: int, width: int, stem: int) -> tuple[nn.Module, int]:
     """PatchNet as its docstring says: valid convolutions, pointwise blocks, a mean."""
 
-    def conv(cin: int, cout: int, kernel: int, stride: int) -> list[nn.Module]:
+    def conv(cin: int, cout: int, kernel: int, stride: int = 1) -> list[nn.Module]:
         layer = nn.Conv2d(cin, cout, kernel, stride, bias=False)
         return [layer, nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
 
-    layers, channels, side = [], 3, patch
-    stage = 0
+    dim = 8 * width
+    layers, side = [*conv(3, stem, 4, 2), *conv(stem, width, 1)], (patch - 4) // 2 + 1
     while side > 3:
-        kernel = 3 if stage else 4
-        layers += conv(channels, width << stage, kernel, 2)
-        channels, side = width << stage, (side - kernel) // 2 + 1
-        layers += conv(channels, channels, 1, 1)
-        stage += 1
-    layers += conv(channels, 8 * width, 1, 1)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 8 * width
+        layers += [*conv(width, 2 * width, 3, 2), *conv(2 * width, 2 * width, 1)]
+        width, side = 2 * width, (side - 3) // 2 + 1
+    layers += conv(width, dim, 1)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), dim
 
 
 def plain_resnet18() -> tuple[nn.Module, int]:
