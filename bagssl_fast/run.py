@@ -167,11 +167,9 @@ def distribute(model: BagModel, config: Config, me: Ranks) -> nn.Module:
     """The model as the loop calls it: averaged over ranks, compiled, as asked."""
     forward: nn.Module = model
     if me.group is not None:
+        # Batch norms that do not share their statistics take rank 0's every step, DDP's default.
         devices = [me.device.index] if me.device.type == "cuda" else None
-        # Shared batch norms agree by themselves; others take rank 0's buffers every step.
-        forward = DistributedDataParallel(
-            model, devices, process_group=me.group, broadcast_buffers=not config.sync_bn
-        )
+        forward = DistributedDataParallel(model, devices, process_group=me.group)
     return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]
 
 
