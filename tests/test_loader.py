@@ -252,10 +252,15 @@ def test_breaking_out_early_stops_the_threads(array_source):
     assert threads_now() == before
     assert loader.state_dict()["step"] == 1
     iterator = iter(loader)
+    assert threads_now() == before + 4  # at work before the first batch is asked for
+    del iterator
+    assert threads_now() == before
+    iterator = iter(loader)
     next(iterator)
-    assert threads_now() == before + 4
     loader.close()
     assert threads_now() == before
+    with pytest.raises(RuntimeError, match="another one"):
+        next(iterator)
 
 
 def test_close_is_final_and_may_be_repeated(array_source):
@@ -394,6 +399,8 @@ def test_waiting_for_a_batch_can_be_interrupted(array_source, monkeypatch):
         return np.zeros((4, 4, 3), np.uint8)
 
     monkeypatch.setattr("bagssl_fast.data.loader.decode_image", slow)
+    # Shells start what runs in the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     source = open_source(noise())
     source.native = _C.FileSource([os.fsencode(__file__)] * 24)
     with make(source, batch_size=24) as loader:
@@ -407,6 +414,7 @@ def test_waiting_for_a_batch_can_be_interrupted(array_source, monkeypatch):
         finally:
             release.set()
             timer.join()
+            signal.signal(signal.SIGINT, before)
 
 
 def test_data_wait_counts_what_the_consumer_waited(folder):

@@ -228,26 +228,20 @@ class BagLoader:
             rows, self._len, self.batch_size, self.rank, self.world_size, self.drop_last
         )
         native.start(self._epoch, rows, ends, self._step)
-        return self._batches(native, self._iteration)
+        return _Epoch(self, native, self._iteration)
 
-    def _batches(self, native: _C.Loader, iteration: int) -> Iterator[Batch]:
-        try:
-            while True:
-                if self._iteration != iteration:
-                    raise RuntimeError("this iteration ended when another one of its loader began")
-                begin = time.perf_counter()
-                taken = native.next()
-                self.data_wait += time.perf_counter() - begin
-                if taken is None:
-                    break
-                batch = self._wrap(*taken)
-                self._step += 1
-                yield batch
-            self._epoch += 1
-            self._step = 0
-        finally:
-            if self._iteration == iteration:
-                native.stop()
+    def _take(self, native: _C.Loader, iteration: int) -> Batch:
+        if self._iteration != iteration:
+            raise RuntimeError("this iteration ended when another one of its loader began")
+        begin = time.perf_counter()
+        taken = native.next()
+        self.data_wait += time.perf_counter() - begin
+        if taken is None:
+            self._epoch, self._step = self._epoch + 1, 0
+            raise StopIteration
+        batch = self._wrap(*taken)
+        self._step += 1
+        return batch
 
     def _wrap(self, slot: int, index: NDArray[np.int64], bad: int, reason: str) -> Batch:
         if bad >= 0:
@@ -342,6 +336,35 @@ class BagLoader:
         if self._native is None:
             raise RuntimeError("this loader is closed: make a new BagLoader")
         return self._native
+
+
+class _Epoch:
+    """One iteration over a loader; the threads end with it, whenever it is dropped."""
+
+    def __init__(self, loader: BagLoader, native: _C.Loader, iteration: int) -> None:
+        self._loader, self._native, self._iteration = loader, native, iteration
+        self._ended = False
+
+    def __iter__(self) -> _Epoch:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._ended:
+            raise StopIteration
+        try:
+            return self._loader._take(self._native, self._iteration)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the threads, unless they work for another iteration by now."""
+        if not self._ended and self._loader._iteration == self._iteration:
+            self._native.stop()
+        self._ended = True
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def auto_threads() -> int:
