@@ -12,6 +12,7 @@
 #include "patch_views.h"
 #include "philox.h"
 #include "pixel_ops.h"
+#include "thread_pool.h"
 #include "view_params.h"
 
 namespace py = pybind11;
@@ -180,7 +181,7 @@ py::array make_output(py::object out, const ViewOptions& options, int64_t patche
 py::array patch_views(const py::sequence& images,
                       const py::array_t<float, py::array::c_style>& params, std::array<int, 2> size,
                       const std::string& interpolation, int blur_kernel, Triple mean, Triple std,
-                      const std::string& dtype, const py::object& out) {
+                      const std::string& dtype, const py::object& out, int num_threads) {
   const ViewOptions options = make_options(size, interpolation, blur_kernel, mean, std, dtype);
   const auto batch = static_cast<int64_t>(images.size());
   if (params.ndim() != 3 || params.shape(1) != batch || params.shape(2) != kViewParams) {
@@ -201,13 +202,15 @@ py::array patch_views(const py::sequence& images,
     py::gil_scoped_release release;
     const int64_t patch_bytes =
         int64_t{3} * options.out_h * options.out_w * dtype_size(options.dtype);
-    Scratch scratch;
-    for (int64_t b = 0; b < batch; ++b) {
+    ThreadPool alone(1);  // a plain loop, which waits for nobody else's
+    ThreadPool& pool = num_threads == 1 ? alone : shared_pool(num_threads);
+    std::vector<Scratch> scratch(static_cast<size_t>(pool.size()));
+    pool.parallel_for(batch, [&](int worker, int64_t b) {
       for (int64_t p = 0; p < patches; ++p) {
         const int64_t i = p * batch + b;
-        patch_view(views[b], rows[i], options, bytes + i * patch_bytes, scratch);
+        patch_view(views[b], rows[i], options, bytes + i * patch_bytes, scratch[worker]);
       }
-    }
+    });
   }
   return result;
 }
@@ -236,9 +239,9 @@ void register_views(py::module_& m) {
   m.def("patch_views", &patch_views, py::arg("images"), py::arg("params"), py::kw_only(),
         py::arg("size"), py::arg("interpolation") = "bilinear", py::arg("blur_kernel") = 0,
         py::arg("mean") = Triple{0, 0, 0}, py::arg("std") = Triple{1, 1, 1},
-        py::arg("dtype") = "float32", py::arg("out") = py::none(),
+        py::arg("dtype") = "float32", py::arg("out") = py::none(), py::arg("num_threads") = 1,
         "uint8 images [H, W, 3] and a table [P, B, 16] -> patches [P, B, h, w, 3]; bfloat16 comes "
-        "as its bits in uint16.");
+        "as its bits in uint16. num_threads: 0 for all CPUs.");
   m.def("auto_blur_kernel", &auto_blur_kernel, py::arg("height"), py::arg("width"));
   m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
   m.def("pixel_ops_name", [] { return pixel_ops().name; }, "The instruction set in use.");

@@ -258,6 +258,16 @@ def test_half_types_are_float32_rounded(std: tuple[float, float, float]) -> None
     assert torch.equal(torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16), full.bfloat16())
 
 
+def test_threads_change_nothing() -> None:
+    images = [photo(40 + i, 60) for i in range(9)]
+    table = draw(images, patches=7)
+    one = _C.patch_views(images, table, size=(16, 24))
+    for num_threads in (2, 3, 0):
+        assert np.array_equal(
+            one, _C.patch_views(images, table, size=(16, 24), num_threads=num_threads)
+        )
+
+
 def test_out_is_filled_and_strided_images_are_read() -> None:
     image = photo(60, 90)
     table = draw([image[:, 10:50]], patches=3)
