@@ -48,6 +48,6 @@ LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace
   PYTHONSAFEPATH=1 PYTHONPATH="$package" PYTHONMALLOC=malloc \
   python -m pytest -q -p no:cacheprovider \
   tests/test_loader.py tests/test_bad_files.py tests/test_sources.py tests/test_decoding.py \
-  tests/test_pack.py tests/test_patch_views.py \
+  tests/test_pack.py tests/test_patch_views.py tests/test_view_params.py \
   -k "not memory_is_flat and not command_line and not importing_without"
 echo "sanitize: good"
