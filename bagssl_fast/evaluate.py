@@ -27,9 +27,17 @@ import torch
 from torch import Tensor
 
 from bagssl_fast import checkpoint, cli, env, ranks
-from bagssl_fast.config import Config, EvalConfig, check_eval
+from bagssl_fast.config import Config, EvalConfig, check_eval, patch_size
 from bagssl_fast.data import BagLoader, Source, open_source
-from bagssl_fast.features import CENTER, Features, Plan, calibrate, extract
+from bagssl_fast.features import (
+    CENTER,
+    Features,
+    Plan,
+    calibrate,
+    extract,
+    is_dense,
+    view_size,
+)
 from bagssl_fast.metrics import collapse, say
 from bagssl_fast.model import BagModel, build_model
 from bagssl_fast.probes import knn_accuracy, linear_probe
@@ -79,7 +87,7 @@ def evaluate(run_dir: str | os.PathLike[str], config: Config | None = None) -> d
     networks = {"trained": trained.to(device)}
     if config.eval.random:
         networks["random"] = random_network(config, data.train, device)
-    plan = make_plan(config, device)
+    plan = make_plan(config, trained, device)
     rows: list[dict[str, Any]] = []
     for name, model in networks.items():
         rows += measure(name, model, config, data, plan)
@@ -90,7 +98,7 @@ def evaluate(run_dir: str | os.PathLike[str], config: Config | None = None) -> d
         "test_images": count(data.test, data.test_indices),
         "classes": data.train.classes,
         "settings": asdict(config.eval),
-        "notes": notes(config, data),
+        "notes": notes(config, data, plan),
         "seconds": round(time.monotonic() - started, 1),
         "results": rows,
     }
@@ -157,11 +165,15 @@ def random_network(config: Config, source: Source, device: torch.device) -> BagM
     return model
 
 
-def make_plan(config: Config, device: torch.device) -> Plan:
-    """What the configuration asks to extract."""
+def make_plan(config: Config, model: BagModel, device: torch.device) -> Plan:
+    """What the configuration asks to extract, as far as an image has so many patches."""
     bf16 = device.type == "cuda" and config.precision in ("auto", "bf16")
+    counts = sorted(set(config.eval.patches))
+    if is_dense(model):
+        places = (view_size(config) - patch_size(config) + 1) ** 2
+        counts = [count for count in counts if count <= places]
     return Plan(
-        counts=(CENTER, *sorted(set(config.eval.patches))),
+        counts=(CENTER, *counts),
         projection_up_to=config.eval.projection_patches,
         batch_size=config.eval.batch_size,
         device=device,
@@ -269,7 +281,7 @@ def count(source: Source, indices: Tensor | None) -> int:
     return len(source) if indices is None else len(indices)
 
 
-def notes(config: Config, data: Data) -> list[str]:
+def notes(config: Config, data: Data, plan: Plan) -> list[str]:
     """What a reader of the numbers has to know."""
     lines = [data.note]
     if config.eval.random:
@@ -281,6 +293,12 @@ def notes(config: Config, data: Data) -> list[str]:
         f"linear: {config.eval.probe} on standardised features, penalty chosen on a tenth of the "
         f"training images; kNN: k {config.eval.knn_k}, T {config.eval.knn_t}, cosine"
     )
+    missing = sorted(set(config.eval.patches) - set(plan.counts))
+    if missing:
+        lines.append(
+            f"left out: bags of {', '.join(map(str, missing))} patches, a view of "
+            f"{view_size(config)} pixels has no so many places for one of {patch_size(config)}"
+        )
     if not data.labelled:
         lines.append(
             "no labels: kNN and linear probe need them (one folder per class, see README); the "
@@ -319,7 +337,12 @@ def override(config: Config, options: argparse.Namespace) -> Config:
     names = {field.name for field in fields(EvalConfig)} - {"patches"}
     inner: dict[str, Any] = {key: given[key] for key in names if key in given}
     if "patches" in given:
-        inner["patches"] = tuple(int(n) for n in given["patches"].strip("[]").split(","))
+        try:
+            inner["patches"] = tuple(int(n) for n in given["patches"].strip("[]").split(","))
+        except ValueError:
+            raise ValueError(
+                f"--patches {given['patches']}: numbers with commas are wanted, such as 1,4,16"
+            ) from None
     if given["no_random"]:
         inner["random"] = False
     return replace(config, **top, eval=replace(config.eval, **inner))
