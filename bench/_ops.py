@@ -4,7 +4,7 @@ A bench file gives its cases and one function, `build(provider, case_id) -> call
 one forward and backward (or what the case says) and returns the value and the gradients. For each
 case this file checks parity first (red parity ends the bench), then times all providers in
 interleaved rounds, measures each one's peak memory in a process of its own, and prints how much of
-the machine's measured GEMM or memory speed ours reaches. Losing cases are printed like winning ones.
+the machine's measured GEMM or memory speed ours reaches. Losing cases are printed too.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def main(bench: str, doc: str | None, cases: Sequence[OpCase], build: Build) -> 
 
 def build_in_child(build: Build, provider: str, case_id: str, threads: int) -> Callable[[], Any]:
     torch.set_num_threads(threads)
-    return build(provider, case_id)
+    call = build(provider, case_id)
+    call()  # what libraries set up once is no need of the call
+    return call
 
 
 def check_parity(report: Report, case: OpCase, calls: dict[str, Call]) -> None:

@@ -81,7 +81,7 @@ def case(case_id: str, floor: float, **options) -> OpCase:
         case_id,
         options.pop("providers", peers),
         floors={AUTHORS: floor},
-        flops=4 * num_slots * min(batch, dim) * batch * dim,
+        flops=(1.25 + 2) * num_slots * min(batch, dim) * batch * dim,
         **options,
     )
 

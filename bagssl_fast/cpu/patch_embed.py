@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # elements of products, or 2 CHUNK bytes of patches, in flight
+CHUNK = 1 << 19  # elements of products or patches in flight
 GRID_GAIN = 1.3  # how many times fewer multiply-adds make the grid way faster
 CENTER = 128  # bytes are centred before they meet the weight: fewer digits are lost
 
@@ -190,7 +190,8 @@ class _Correlation:
         return by_column.permute(1, 3, 2, 0)
 
     def chunks(self, batch: int, out_dim: int) -> Iterator[slice]:
-        step = max(1, CHUNK // (self.num_products * out_dim))
+        most = max(1, CHUNK // (self.num_products * out_dim))
+        step = -(-batch // -(-batch // most))  # equal chunks
         return (slice(i, min(batch, i + step)) for i in range(0, batch, step))
 
 
@@ -279,7 +280,7 @@ class _Patches:
                 (channels, width * channels, 1),
             )
         )
-        self.step = max(1, CHUNK // 2 // (patch_h * patch_w * channels))
+        self.step = max(1, CHUNK // (patch_h * patch_w * channels))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self.offsets), self.step):
