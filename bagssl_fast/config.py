@@ -146,6 +146,7 @@ class EvalConfig:
         view: Side to which a whole image is brought for its dense bag; 0 takes the side at which a
             patch covers what it covered in training, for dense bags `augment.size`.
         random: Measure the same network at its random initialisation beside it.
+        random_patches: Largest bag of the random network (each costs as much as a trained one's).
         projection_patches: Largest bag whose projection z is measured beside the embedding h (the
             head runs on every patch); 0 for the central crop only, -1 for none.
         max_train_images: Training images the probes see; 0 takes all.
@@ -161,6 +162,7 @@ class EvalConfig:
     patches: tuple[int, ...] = (1, 4, 16, 64, 256)
     view: int = 0
     random: bool = True
+    random_patches: int = 64
     projection_patches: int = 16
     max_train_images: int = 0
     max_test_images: int = 0

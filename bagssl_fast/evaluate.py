@@ -90,7 +90,9 @@ def evaluate(run_dir: str | os.PathLike[str], config: Config | None = None) -> d
     plan = make_plan(config, trained, device)
     rows: list[dict[str, Any]] = []
     for name, model in networks.items():
-        rows += measure(name, model, config, data, plan)
+        limit = config.eval.random_patches if name == "random" else max(plan.counts)
+        counts = tuple(n for n in plan.counts if n <= limit)
+        rows += measure(name, model, config, data, replace(plan, counts=counts))
     result = {
         "run": str(run_dir),
         "step": step,
@@ -287,7 +289,8 @@ def notes(config: Config, data: Data, plan: Plan) -> list[str]:
     if config.eval.random:
         lines.append(
             f"random: the network of seed {config.seed} at initialisation, its batch-norm "
-            f"statistics averaged over {CALIBRATION_BATCHES} batches of training bags"
+            f"statistics averaged over {CALIBRATION_BATCHES} batches of training bags; measured up "
+            f"to {config.eval.random_patches} patches (--random-patches)"
         )
     lines.append(
         f"linear: {config.eval.probe} on standardised features, penalty chosen on a tenth of the "
@@ -296,8 +299,8 @@ def notes(config: Config, data: Data, plan: Plan) -> list[str]:
     missing = sorted(set(config.eval.patches) - set(plan.counts))
     if missing:
         lines.append(
-            f"left out: bags of {', '.join(map(str, missing))} patches, a view of "
-            f"{view_size(config)} pixels has no so many places for one of {patch_size(config)}"
+            f"left out: bags of {', '.join(map(str, missing))} patches, for which a view of "
+            f"{view_size(config)} pixels has not the room (a patch has {patch_size(config)})"
         )
     if not data.labelled:
         lines.append(
@@ -322,6 +325,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--patches", help="numbers of patches, e.g. 1,4,16,64,256")
     group.add_argument("--projection-patches", type=int, help="largest bag for the projection")
     group.add_argument("--no-random", action="store_true", help="leave the random network out")
+    group.add_argument("--random-patches", type=int, help="largest bag of the random network")
     group.add_argument("--max-train-images", type=int, help="0 = all")
     group.add_argument("--max-test-images", type=int, help="0 = all")
     group.add_argument("--batch-size", type=int, help="images per forward pass")

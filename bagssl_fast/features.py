@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
 
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import Config, patch_size
@@ -215,7 +217,7 @@ def _batches(
         indices=None if indices is None else indices.numpy(),
         pin_memory=plan.device.type == "cuda",
     ) as loader:
-        for batch in loader:
+        for batch in tqdm(loader, kind, leave=False, disable=not sys.stderr.isatty()):
             yield batch.patches.to(plan.device), batch.labels
 
 
