@@ -119,19 +119,24 @@ TRAINING = {
     )
 }
 EVALUATION = {"eval-25": 25, "eval-256": 256}
-TARS = {"cifar": "cifar10-train.tar", "imagenet": "imagenet-sample.tar"}
+TARS = {
+    "cifar": "cifar10-train.tar",
+    "cifar-test": "cifar10-test.tar",
+    "imagenet": "imagenet-sample.tar",
+}
 
 
 @dataclass(frozen=True)
 class Images:
     """The images of a corpus: an array in memory, or JPEG files (and the same ones in a tar).
 
-    `source` is what `bagssl_fast.open_source` takes.
+    `source` is what `bagssl_fast.open_source` takes, `classes` are the folders in the tar.
     """
 
     source: str
     array: NDArray[np.uint8] | None
     files: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files) if self.array is None else len(self.array)
@@ -147,26 +152,27 @@ def prepare_images(corpus: str, data: Path, count: int, work: Path) -> Images:
 
     folder = work / f"{corpus}-{count}"
     folder.mkdir()
-    arrays, files = [], []
+    arrays, files, classes = [], [], []
     with tarfile.open(data / TARS[corpus]) as tar:
         members = sorted((m for m in tar.getmembers() if m.isfile()), key=lambda m: m.name)
         count = min(count, len(members))
         for i in range(count):
             member = members[i * len(members) // count]
+            classes.append(Path(member.name).parent.name)
             content = tar.extractfile(member).read()  # type: ignore[union-attr]
-            if corpus == "cifar":
+            if corpus.startswith("cifar"):
                 arrays.append(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
             else:
                 path = folder / "files" / member.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
                 files.append(str(path))
-    if corpus == "cifar":
+    if corpus.startswith("cifar"):
         np.save(folder / "images.npy", np.stack(arrays))
-        return Images(str(folder / "images.npy"), np.stack(arrays), ())
+        return Images(str(folder / "images.npy"), np.stack(arrays), (), tuple(classes))
     with tarfile.open(folder / "images.tar", "w") as out:
         out.add(folder / "files", arcname=".")
-    return Images(str(folder / "images.tar"), None, tuple(files))
+    return Images(str(folder / "images.tar"), None, tuple(files), tuple(classes))
 
 
 Preparer = Callable[[str, int], Images]

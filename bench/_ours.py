@@ -28,9 +28,9 @@ DRAWN = (
 )
 
 
-def our_model(case: Case, dense: bool = False) -> BagModel:
-    """The model of a case, its weights drawn from seed 0."""
-    torch.manual_seed(0)
+def our_model(case: Case, dense: bool = False, seed: int = 0) -> BagModel:
+    """The model of a case, its weights drawn from a seed."""
+    torch.manual_seed(seed)
     backbone: Any = build_encoder(case.encoder, case.patch, case.width)
     hidden, out = case.head["hidden"], case.head["out"]
     head: Projector | EMPHead

@@ -85,6 +85,12 @@ def is_ours(name: str) -> bool:
     return name.startswith("bagssl_fast")
 
 
+def import_system(where: str) -> type[System]:
+    """The class that "module:class" names."""
+    module, cls = where.split(":")
+    return getattr(importlib.import_module(module), cls)
+
+
 class Timed:
     """A system's turns: how long each phase took in each."""
 
@@ -153,8 +159,7 @@ class Bench:
         """Opens a system and checks its parity; None if it is absent, unfit or refused."""
         where, install = self.systems[name]
         try:
-            module, cls = where.split(":") if isinstance(where, str) else ("", where)
-            system_class = getattr(importlib.import_module(module), cls) if module else cls
+            system_class = import_system(where) if isinstance(where, str) else where
             if not system_class.supports(setup.case):
                 return None
             system = system_class(setup)

@@ -101,6 +101,11 @@ class System:
 
     def turn(self, laps: Laps) -> None:
         """`steps` training steps, each phase of them a lap."""
+        for _ in self.steps(laps):
+            pass
+
+    def steps(self, laps: Laps) -> Iterator[Tensor]:
+        """The steps of a turn one by one: yields the loss after each."""
         batches = self.repeated() if self.setup.synthetic else self.batches()
         laps.start()
         for batch in batches:
@@ -114,6 +119,7 @@ class System:
             laps.lap("backward")
             self.optimizer.step()
             laps.lap("optimiser")
+            yield loss.detach()
 
     def repeated(self) -> Iterator[Any]:
         if self._synthetic is None:

@@ -1,0 +1,141 @@
+"""Seconds of training until a kNN and a linear probe reach an accuracy, CIFAR-10, PatchNet, TCR.
+
+    python bench/time_to_accuracy.py [--quick] [--systems ...] [--seeds 3] [--epochs 2]
+
+Every system trains the same encoder from the same weights by the same optimiser (AdamW at a
+constant rate), on its own data path: ours dense, and the baselines patch by patch. Now and then the
+clock stands still, and a frozen copy of the encoder embeds the bags of 25 patches of some training
+and test images for the two probes, whichever system trained it. Workers that go on during that
+pause gain a few batches at most. A time is read off at the first evaluation that reaches the
+target, hence is coarse by one interval; `inf` where the last one still does not. Seeds change the
+initialisation and the order of the images; they run one after another, so read this on a quiet
+machine.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in throughput.py
+
+import numpy as np
+import throughput
+import torch
+from _cases import TRAINING, Case, Images, prepare_images
+from _clock import Laps, clock
+from _common import Report, arguments, paint
+from _ours import our_model
+from baselines.step import Setup, System
+from torch import Tensor
+
+from bagssl_fast.config import OptimConfig
+from bagssl_fast.features import fold_batch_norm
+from bagssl_fast.model import BagModel
+from bagssl_fast.probes import knn_accuracy, linear_probe
+
+TARGETS = (0.50, 0.55, 0.60)
+OPTIM = OptimConfig(name="adamw", lr=2e-3, weight_decay=1e-4)
+
+
+def labels(images: Images) -> Tensor:
+    names = sorted(set(images.classes))
+    return torch.tensor([names.index(name) for name in images.classes])
+
+
+@torch.inference_mode()
+def bags(system: System, images: Images) -> Tensor:
+    """Embeddings of the images by the system's encoder as it is now, 25 patches each."""
+    case = system.case
+    model: Any = our_model(case)
+    trained: Any = system.model
+    theirs = (trained.backbone if isinstance(trained, BagModel) else trained.encoder).state_dict()
+    names = model.backbone.state_dict()
+    model.backbone.load_state_dict(dict(zip(names, theirs.values(), strict=True)))
+    model = fold_batch_norm(model).to(system.setup.device, memory_format=torch.channels_last)
+    assert images.array is not None
+    features = []
+    for part in np.array_split(images.array, max(1, len(images) // 250)):
+        pixels = torch.from_numpy(part).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        features.append(model.embed_dense(pixels.to(system.setup.device), case.stride).mean(dim=0))
+    return torch.cat(features).float().cpu()
+
+
+def run(system: System, probes: tuple[Images, Images], every: int) -> list[tuple[float, ...]]:
+    """Trains to the end: (seconds of training, kNN, linear) at each evaluation."""
+    laps, curve, seconds = Laps(clock(system.setup.device)), [], 0.0
+    for step, _ in enumerate(system.steps(laps), start=1):
+        if step % every and step != system.setup.steps:
+            continue
+        seconds += sum(laps.seconds().values())
+        train, test = (bags(system, images) for images in probes)
+        y, t = (labels(images) for images in probes)
+        knn = knn_accuracy(train, y, test, t)
+        linear = linear_probe(train, y, test, t).accuracy
+        curve.append((seconds, knn, linear))
+        print(f"    step {step}, {seconds:.1f} s: kNN {knn:.1%}, linear {linear:.1%}")
+        laps.start()  # the pause does not count
+    return curve
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    data = os.environ.get("BAGSSL_DATA", "../shared/data")
+    parser.add_argument("--data", type=Path, default=Path(data), help="folder of the tars")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--systems", nargs="+", default=["bagssl_fast_dense", "torch_kornia"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=50_000, help="training images")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--every", type=int, default=25, help="steps between two evaluations")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    o = parser.parse_args()
+    if o.quick:
+        o.seeds, o.images, o.every, o.epochs = 1, min(o.images, 640), 5, 1.0
+    torch.set_num_threads(o.threads)
+    case: Case = replace(TRAINING["cifar-tcr"], optim=OPTIM, batch=64 if o.quick else 100)
+    report = Report("time_to_accuracy", o.threads)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    times: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="time_to_accuracy_") as work:
+        folder = Path(work)
+        images = prepare_images("cifar", o.data, o.images, folder)
+        few = (200, 100) if o.quick else (10_000, 2_500)
+        names = ("cifar", "cifar-test")
+        bank, test = (prepare_images(n, o.data, c, folder) for n, c in zip(names, few, strict=True))
+        steps = max(1, int(o.epochs * len(images) / case.batch))
+        for seed in range(o.seeds):
+            weights = [p.detach() for p in our_model(case, seed=seed).parameters()]
+            setup = Setup(case, images, weights, steps, o.device, o.threads)
+            for name in o.systems:
+                torch.manual_seed(seed)
+                print(f"  {paint(name, 'bold')}, seed {seed}, {steps} steps")
+                system = throughput.import_system(throughput.SYSTEMS[name][0])(setup)
+                curve = run(system, (bank, test), o.every)
+                system.close()
+                curves[f"{name}, seed {seed}"] = [(s, linear) for s, _, linear in curve]
+                for i, probe in ((1, "kNN"), (2, "linear")):
+                    for target in TARGETS:
+                        reached = (c[0] for c in curve if c[i] >= target)
+                        key = (name, f"seconds to {target:.0%} {probe}")
+                        times.setdefault(key, []).append(next(reached, math.inf))
+                    best = max(c[i] for c in curve)
+                    times.setdefault((name, f"best {probe}"), []).append(best)
+    for (name, metric), values in times.items():
+        unit = "s" if metric.startswith("seconds") else "fraction"
+        report.add("cifar-tcr", name, metric, values, unit)
+        print(f"  {name:24}{metric:24}" + "  ".join(f"{v:.3g}" for v in values) + f" {unit}")
+    report.save(o.json, o.csv)
+    if o.plot:
+        from _plots import draw_curves
+
+        panels: Any = {("linear accuracy against seconds of training", "accuracy"): curves}
+        draw_curves(panels, report.machine, o.plot, columns=1)
+
+
+if __name__ == "__main__":
+    main()
