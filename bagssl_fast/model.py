@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from bagssl_fast.config import Config, patch_size
-from bagssl_fast.encoders import EMPHead, PatchMLP, PatchNet, Projector, build_encoder
+from bagssl_fast.encoders import PatchMLP, PatchNet, build_encoder
+from bagssl_fast.heads import EMPHead, Projector
 
 
 class BagModel(nn.Module):

@@ -16,7 +16,8 @@ from bagssl_fast import ops
 from bagssl_fast._extension import _C
 from bagssl_fast.augment import Augment
 from bagssl_fast.data import BagLoader
-from bagssl_fast.encoders import EMPHead, Projector, build_encoder
+from bagssl_fast.encoders import build_encoder
+from bagssl_fast.heads import EMPHead, Projector
 from bagssl_fast.losses import build_loss
 from bagssl_fast.model import BagModel
 from bagssl_fast.optim import build_optimizer

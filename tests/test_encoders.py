@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bagssl_fast.encoders import EMPHead, PatchMLP, PatchNet, Projector, build_encoder
+from bagssl_fast.encoders import PatchMLP, PatchNet, build_encoder
+from bagssl_fast.heads import EMPHead, Projector
 from bagssl_fast.model import BagModel
 
 
