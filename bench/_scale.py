@@ -96,7 +96,7 @@ def measure(
 ) -> dict[tuple[str, str], Any]:
     """Time and memory of all systems along an axis."""
     o, add = bench.options, bench.report.add
-    limit = 2.0 if o.quick else 6.0  # seconds of one call, from which on a curve ends
+    limit = 4.0 if o.quick else 8.0  # seconds of one call, from which on a curve ends
     times: dict[str, list[tuple[float, float]]] = {}
     memory: dict[str, list[tuple[float, float]]] = {}
     print(f"\n{paint(f'cost against {axis}', 'bold')}: ms (MiB)")
