@@ -177,7 +177,7 @@ def make_plan(config: Config, model: BagModel, device: torch.device) -> Plan:
     return Plan(
         counts=(CENTER, *counts),
         projection_up_to=config.eval.projection_patches,
-        batch_size=config.eval.batch_size,
+        batch_size=config.eval.batch_size or (32 if device.type == "cpu" else 256),
         device=device,
         precision=torch.bfloat16 if bf16 else torch.float32,
         num_threads=config.loader.num_threads,

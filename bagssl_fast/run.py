@@ -82,7 +82,9 @@ def prepare(config: Config, me: Ranks) -> Run:
     loss = build_loss(config.loss.name, group=me.group, **config.loss.options).to(me.device)
     optimizer = build_optimizer(model, config.optim)
 
-    source = open_source(config.data)
+    source = open_source(config.data, on_error=config.loader.on_error)
+    if config.eval.enabled and config.test_data is not None:
+        open_source(config.test_data, on_error=config.loader.on_error)  # to fail now, not then
     if len(source) < config.batch_size:
         raise ValueError(
             f"--batch_size {config.batch_size} is larger than the data set, {len(source)} images "

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 if __name__ == "__main__" and "torch" not in sys.modules:
     # Read once, when torch loads its OpenMP: threads that wait for work must not spin, since the
@@ -199,6 +200,21 @@ class Meter:
         )
 
 
+def evaluate_run(run_dir: Path) -> int:
+    """Evaluates a finished run; what is wrong with the data for it takes nothing from the run."""
+    from bagssl_fast.evaluate import evaluate
+
+    try:
+        evaluate(run_dir)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(
+            f"error: {error}\n"
+            f"The run itself is complete; later: python -m bagssl_fast.evaluate {run_dir}\n"
+        )
+        return 2
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns 0 for a finished or asked-to-stop run, 1 diverged, 2 wrong usage."""
     config = cli.parse(sys.argv[1:] if argv is None else argv)
@@ -220,10 +236,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if me.is_main:
         state = "finished" if finished else "stopped on request; --resume auto goes on"
         say(f"{state}: {run.run_dir}, step {run.step} of {run.total_steps}")
+        if run.loader.skipped:
+            say(f"{len(run.loader.skipped)} broken images were replaced: {run.run_dir}/skipped.txt")
     if finished and config.eval.enabled and me.is_main:
-        from bagssl_fast.evaluate import evaluate
-
-        evaluate(run.run_dir)
+        return evaluate_run(run.run_dir)
     return 0
 
 

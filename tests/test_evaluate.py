@@ -317,6 +317,13 @@ class TestRun:
 
 
 class TestRefusals:
+    def test_a_missing_test_set_stops_before_training(self, images, tmp_path, capsys):
+        recipe = tmp_path / "tiny.yaml"
+        recipe.write_text(cli.to_yaml(replace(CONFIG, eval=replace(CONFIG.eval, enabled=True))))
+        flags = ["--data", str(images / "x-train.npz"), "--run_dir", str(tmp_path / "r")]
+        assert train.main(["--config", str(recipe), *flags, "--test-data", "nowhere.tar"]) == 2
+        assert "nowhere.tar" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
     def test_no_run(self, tmp_path, capsys):
         assert evaluate.main([str(tmp_path)]) == 2
         assert "no run directory" in capsys.readouterr().err
