@@ -57,15 +57,16 @@ def _axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
 @triton.jit
 def axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
     """Of the output pixels offs: first and end of their windows, sum of the weights."""
-    first, end, total, peak = _axis_windows(size, out_size, offs, BICUBIC)
-    return first, end, total
+    windows = _axis_windows(size, out_size, offs, BICUBIC)
+    return windows[0], windows[1], windows[2]
 
 
 @triton.jit
 def axis_precision(size, out_size, offs, BICUBIC: tl.constexpr):
     """The most bits with which the largest weight of an axis, whose pixels are offs, fits an int16."""
-    first, end, total, peak = _axis_windows(size, out_size, offs, BICUBIC)
-    largest = tl.max(tl.where(offs < out_size, peak / total, 0.0).to(tl.float32))
+    windows = _axis_windows(size, out_size, offs, BICUBIC)
+    share = (windows[3] / windows[2]).to(tl.float32)
+    largest = tl.max(tl.where(offs < out_size, share, 0.0))
     precision = tl.full((), 0, tl.int32)
     bound = largest * 2.0
     for _ in range(MAX_PRECISION):
@@ -76,13 +77,12 @@ def axis_precision(size, out_size, offs, BICUBIC: tl.constexpr):
 
 @triton.jit
 def _weights(size, out_size, offs, at, first, end, total, precision, BICUBIC: tl.constexpr):
-    """Fixed-point weights of source pixels `at` for output pixels `offs`, as high and low bytes."""
+    """Fixed-point weights of source pixels `at` for output pixels `offs`."""
     scale, _, inverse = _axis_scale(size, out_size, BICUBIC)
     center = scale * (offs.to(tl.float64) + 0.5)
     weight = _filter((at.to(tl.float64) - center + 0.5) * inverse, BICUBIC) / total
     weight = tl.where((at >= first) & (at < end), weight, 0.0) * (1 << precision).to(tl.float64)
-    fixed = tl.where(weight < 0.0, weight - 0.5, weight + 0.5).to(tl.int32)
-    return (fixed >> 8).to(tl.float16), (fixed & 255).to(tl.float16)
+    return tl.where(weight < 0.0, weight - 0.5, weight + 0.5).to(tl.int32)
 
 
 @triton.jit
@@ -100,9 +100,10 @@ def resize_tile(
 ):  # fmt: skip
     """Output pixels offs_i x offs_j of a resized crop; every source pixel they need is read once.
 
-    All channels go through one product per axis: rows (y, channel) x columns (j, byte of weight),
-    then rows (i, byte of weight) x columns (channel, j). No float32 sum of bytes' products over a
-    block exceeds 2^24: they are exact.
+    All channels go through one product per axis and byte of the weights: rows (y, channel) x
+    columns j, then rows i x columns (channel, j). No sum of bytes' products over a block exceeds
+    2^24, so they are exact in float32. (One product per loop body: two that share an operand would
+    be taken for a chain, and all warps be laid along the rows.)
     """
     in_i = offs_i < out_h
     in_j = (offs_j >= 0) & (offs_j < out_w)
@@ -123,40 +124,44 @@ def resize_tile(
             offs_x = x + tl.arange(0, BLOCK_X)
             mask = row_mask[:, None] & (offs_x < high_x)[None, :]
             pixels = tl.load(row_ptr[:, None] + offs_x[None, :] * 3, mask=mask, other=0)
-            high, low = _weights(
+            pixels = pixels.to(tl.float16)
+            weights = _weights(
                 crop_w, out_w, offs_j[None, :], offs_x[:, None], first_j[None, :], end_j[None, :],
                 total_j[None, :], precision_j, BICUBIC,
             )  # fmt: skip
-            weights = tl.reshape(tl.join(high, low), (BLOCK_X, 2 * TILE_W))
-            product = tl.dot(pixels.to(tl.float16), weights)
-            high_sum, low_sum = tl.split(tl.reshape(product, (4 * BLOCK_Y, TILE_W, 2)))
-            narrow += high_sum.to(tl.int32) * 256 + low_sum.to(tl.int32)
+            for byte in range(2):
+                narrow += tl.dot(pixels, _byte(weights, byte)).to(tl.int32) << (8 - 8 * byte)
         rows = tl.reshape(_round(narrow, precision_j).to(tl.float16), (BLOCK_Y, 4 * TILE_W))
         offs_y = y + tl.arange(0, BLOCK_Y)
-        high, low = _weights(
+        weights = _weights(
             crop_h, out_h, offs_i[:, None], offs_y[None, :], first_i[:, None], end_i[:, None],
             total_i[:, None], precision_i, BICUBIC,
         )  # fmt: skip
-        weights = tl.reshape(tl.permute(tl.join(high, low), (0, 2, 1)), (2 * TILE_H, BLOCK_Y))
-        product = tl.reshape(tl.dot(weights, rows), (TILE_H, 2, 4 * TILE_W))
-        high_sum, low_sum = tl.split(tl.permute(product, (0, 2, 1)))
-        total += high_sum.to(tl.int32) * 256 + low_sum.to(tl.int32)
-    return split_channels(_round(total, precision_i).to(tl.float32), TILE_H, TILE_W)
+        for byte in range(2):
+            total += tl.dot(_byte(weights, byte), rows).to(tl.int32) << (8 - 8 * byte)
+    return split_channels(_round(total, precision_i).to(tl.float16), TILE_H, TILE_W)
+
+
+@triton.jit
+def _byte(weights, byte):
+    """The high (signed) or the low byte of 16-bit weights, exact in float16."""
+    return tl.where(byte == 0, weights >> 8, weights & 255).to(tl.float16)
 
 
 @triton.jit
 def split_channels(rows, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """[TILE_H, 4 TILE_W], rows of (channel, column), to three planes."""
+    """Bytes [TILE_H, 4 TILE_W] in float16, rows of (channel, column), to three float32 planes."""
     pixels = tl.permute(tl.reshape(rows, (TILE_H, 2, 2, TILE_W)), (0, 3, 1, 2))
-    rg_b = tl.split(pixels)  # channels (0, 2), (1, 3)
-    r, b = tl.split(rg_b[0])
-    g, unused = tl.split(rg_b[1])
-    return r, g, b
+    r_b, g_none = tl.split(pixels)
+    r, b = tl.split(r_b)
+    g = tl.split(g_none)[0]
+    return r.to(tl.float32), g.to(tl.float32), b.to(tl.float32)
 
 
 @triton.jit
 def join_channels(r, g, b, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """Three planes to [TILE_H, 4 TILE_W]; the fourth channel is zero."""
+    """Three planes to bytes [TILE_H, 4 TILE_W] in float16; the fourth channel is zero."""
+    r, g, b = r.to(tl.float16), g.to(tl.float16), b.to(tl.float16)
     pixels = tl.join(tl.join(r, b), tl.join(g, tl.zeros_like(b)))
     return tl.reshape(tl.permute(pixels, (0, 2, 3, 1)), (TILE_H, 4 * TILE_W))
 
@@ -314,15 +319,36 @@ def _blur_band(out, source, size, sigma, pad):
 
 
 @triton.jit
+def _halves(x):
+    """A float32 as the sum of two float16, to 22 bits."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
 def blur_tile(
     r, g, b, offs_y, offs_x, offs_i, offs_j, out_h, out_w, sigma, pad,
-    PRECISION: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """What pixels offs_y x offs_x contribute to blurred pixels offs_i x offs_j: [4 TILE_H, TILE_W]."""
-    down = _blur_band(offs_i[:, None], offs_y[None, :], out_h, sigma, pad)
-    across = _blur_band(offs_j[None, :], offs_x[:, None], out_w, sigma, pad)
-    rows = tl.dot(down, join_channels(r, g, b, TILE_H, TILE_W), input_precision=PRECISION)
-    return tl.dot(tl.reshape(rows, (4 * TILE_H, TILE_W)), across, input_precision=PRECISION)
+    """What pixels offs_y x offs_x contribute to blurred pixels offs_i x offs_j: [4 TILE_H, TILE_W].
+
+    float32 products as sums of float16 ones, of bytes and of values in two halves; the bands are
+    scaled by 1024 to keep their low halves out of the subnormals.
+    """
+    down = _blur_band(offs_i[:, None], offs_y[None, :], out_h, sigma, pad) * 1024.0
+    across = _blur_band(offs_j[None, :], offs_x[:, None], out_w, sigma, pad) * 1024.0
+    high, low = _halves(down)
+    pixels = join_channels(r, g, b, TILE_H, TILE_W)
+    rows = tl.zeros((TILE_H, 4 * TILE_W), tl.float32)
+    for part in range(2):
+        rows = tl.dot(tl.where(part == 0, high, low), pixels, rows)
+    high, low = _halves(tl.reshape(rows, (4 * TILE_H, TILE_W)) / 1024.0)
+    across_high, across_low = _halves(across)
+    out = tl.zeros((4 * TILE_H, TILE_W), tl.float32)
+    for part in range(3):
+        left = tl.where(part == 2, low, high)
+        out = tl.dot(left, tl.where(part == 1, across_low, across_high), out)
+    return out / 1024.0
 
 
 @triton.jit

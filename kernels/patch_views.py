@@ -83,7 +83,6 @@ def _small_views_kernel(
     pad,
     BICUBIC: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     BLOCK_Y: tl.constexpr,
@@ -108,16 +107,16 @@ def _small_views_kernel(
         BICUBIC, TILE_H, TILE_W, BLOCK_Y, BLOCK_X,
     )  # fmt: skip
 
-    r, g, b, unused = jitter(r, g, b, mask, out_h * out_w, 0.0, row_ptr, False, False)
+    r, g, b, _ = jitter(r, g, b, mask, out_h * out_w, 0.0, row_ptr, False, False)
     r, g, b = grayscale(r, g, b, row_ptr)
     sigma = tl.load(row_ptr + 11)
     if (sigma > 0.0) & (pad > 0):
         blurred = blur_tile(
             r, g, b, offs_i, offs_j, offs_i, offs_j, out_h, out_w, sigma, pad,
-            PRECISION, TILE_H, TILE_W,
+            TILE_H, TILE_W,
         )  # fmt: skip
-        blurred = tl.reshape(round_half_even(blurred), (TILE_H, 4 * TILE_W))
-        r, g, b = split_channels(blurred, TILE_H, TILE_W)
+        blurred = round_half_even(blurred).to(tl.float16)
+        r, g, b = split_channels(tl.reshape(blurred, (TILE_H, 4 * TILE_W)), TILE_H, TILE_W)
 
     pixel_offs = (pid * out_h + offs_i[:, None]) * out_w + offs_j[None, :]
     solarize_and_store(r, g, b, row_ptr, scale_ptr, out_ptr + pixel_offs * 3, mask, NORMALIZE)
@@ -153,7 +152,6 @@ def _large_views_kernel(
     pad,
     BICUBIC: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     BLOCK_Y: tl.constexpr,
@@ -204,7 +202,7 @@ def _large_views_kernel(
                 if contrasts:
                     grey_sum += jitter(r, g, b, mask, plane, 0.0, row_ptr, False, True)[3]
             else:
-                r, g, b, unused = jitter(r, g, b, mask, plane, 0.0, row_ptr, True, False)
+                r, g, b, _ = jitter(r, g, b, mask, plane, 0.0, row_ptr, True, False)
                 r, g, b = grayscale(r, g, b, row_ptr)
                 pixel_offs = (pid * out_h + offs_i[:, None]) * out_w + offs_j[None, :]
                 solarize_and_store(
@@ -233,19 +231,19 @@ def _large_views_kernel(
                             r, g, b, inside = _load_scratch(
                                 scratch_ptr, offs_y, offs_x, out_h, out_w
                             )
-                            r, g, b, unused = jitter(
-                                r, g, b, inside, plane, mean, row_ptr, True, False
-                            )
+                            r, g, b, _ = jitter(r, g, b, inside, plane, mean, row_ptr, True, False)
                             r, g, b = grayscale(r, g, b, row_ptr)
                             blurred += blur_tile(
                                 r, g, b, offs_y, offs_x, offs_i, offs_j, out_h, out_w, sigma, pad,
-                                PRECISION, TILE_H, TILE_W,
+                                TILE_H, TILE_W,
                             )  # fmt: skip
-                    blurred = tl.reshape(round_half_even(blurred), (TILE_H, 4 * TILE_W))
-                    r, g, b = split_channels(blurred, TILE_H, TILE_W)
+                    blurred = round_half_even(blurred).to(tl.float16)
+                    r, g, b = split_channels(
+                        tl.reshape(blurred, (TILE_H, 4 * TILE_W)), TILE_H, TILE_W
+                    )
                 else:
-                    r, g, b, inside = _load_scratch(scratch_ptr, offs_i, offs_j, out_h, out_w)
-                    r, g, b, unused = jitter(r, g, b, mask, plane, mean, row_ptr, True, False)
+                    r, g, b, _ = _load_scratch(scratch_ptr, offs_i, offs_j, out_h, out_w)
+                    r, g, b, _ = jitter(r, g, b, mask, plane, mean, row_ptr, True, False)
                     r, g, b = grayscale(r, g, b, row_ptr)
                 pixel_offs = (pid * out_h + offs_i[:, None]) * out_w + offs_j[None, :]
                 solarize_and_store(
@@ -289,7 +287,6 @@ def patch_views_fwd(
         "pad": blur_kernel // 2,
         "BICUBIC": bicubic,
         "NORMALIZE": dtype != torch.uint8,
-        "PRECISION": "ieee" if torch.version.hip else "tf32x3",
         "TILE_H": tiles.height,
         "TILE_W": tiles.width,
         "BLOCK_Y": tiles.block_y,
