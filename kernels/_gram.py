@@ -46,17 +46,13 @@ def _tile_of_triangle(index):
 @triton.jit
 def _finish_tile(
     acc, gram_ptr, norm_ptr, tile_i, tile_j, size,
-    ZERO_DIAGONAL: tl.constexpr, ADD_IDENTITY: tl.constexpr, STORE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ZERO_DIAGONAL: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum of a tile's squares, with those of its mirror image, and both images stored."""
     offs_i = tile_i * BLOCK + tl.arange(0, BLOCK)
     offs_j = tile_j * BLOCK + tl.arange(0, BLOCK)
-    diagonal = offs_i[:, None] == offs_j[None, :]
     if ZERO_DIAGONAL:
-        acc = tl.where(diagonal, 0.0, acc)
-    if ADD_IDENTITY:
-        acc += tl.where(diagonal, 1.0, 0.0)
+        acc = tl.where(offs_i[:, None] == offs_j[None, :], 0.0, acc)
     tl.store(norm_ptr, tl.where(tile_i == tile_j, 1.0, 2.0) * tl.sum(acc * acc))
     if STORE:
         mask = (offs_i < size)[:, None] & (offs_j < size)[None, :]
@@ -83,7 +79,6 @@ def _gram_fwd_kernel(
     ON_BATCH: tl.constexpr,
     CENTRE: tl.constexpr,
     ZERO_DIAGONAL: tl.constexpr,
-    ADD_IDENTITY: tl.constexpr,
     STORE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     TYPE: tl.constexpr,
@@ -135,7 +130,7 @@ def _gram_fwd_kernel(
     else:
         _finish_tile(
             acc, gram_ptr + pid_p * size * size, norm_partial_ptr + tile, tile_i, tile_j, size,
-            ZERO_DIAGONAL, ADD_IDENTITY, STORE, BLOCK,
+            ZERO_DIAGONAL, STORE, BLOCK,
         )  # fmt: skip
 
 
@@ -147,7 +142,6 @@ def _gram_merge_kernel(
     size,
     splits,
     ZERO_DIAGONAL: tl.constexpr,
-    ADD_IDENTITY: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -166,7 +160,7 @@ def _gram_merge_kernel(
         tile_ptr += tl.num_programs(1).to(tl.int64) * tiles * BLOCK * BLOCK
     _finish_tile(
         acc, gram_ptr + pid_p * size * size, norm_partial_ptr + tile, tile_i, tile_j, size,
-        ZERO_DIAGONAL, ADD_IDENTITY, STORE, BLOCK,
+        ZERO_DIAGONAL, STORE, BLOCK,
     )  # fmt: skip
 
 
@@ -215,7 +209,12 @@ def triton_type(dtype: torch.dtype) -> Any:
 
 
 def gram_fwd(
-    z: torch.Tensor, mean: torch.Tensor | None, scale: float, *, store: bool, diagonal: str = "keep"
+    z: torch.Tensor,
+    mean: torch.Tensor | None,
+    scale: float,
+    *,
+    store: bool,
+    zero_diagonal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """scale * Gram of z - mean, and the sums of its squares; launch it inside a device guard.
 
@@ -224,7 +223,7 @@ def gram_fwd(
         mean: [P, D] float32, or None for the plain Gram.
         scale: Multiplies the Gram.
         store: Whether to return the matrix; its norm alone needs no memory.
-        diagonal: "keep", "zero" it, or "identity" to add one.
+        zero_diagonal: Leave out the diagonal.
 
     Returns:
         (gram [P, R, R] float32 or empty, squares [P, tiles] float32, to be added up).
@@ -244,8 +243,7 @@ def gram_fwd(
         (splits if splits > 1 else 0, num_slots, tiles, tile.rows, tile.rows), dtype=torch.float32
     )
     finish = {
-        "ZERO_DIAGONAL": diagonal == "zero",
-        "ADD_IDENTITY": diagonal == "identity",
+        "ZERO_DIAGONAL": zero_diagonal,
         "STORE": store,
         "BLOCK": tile.rows,
     }

@@ -118,13 +118,13 @@ def resize_tile(
     for y in range(low_y, high_y, BLOCK_Y):
         narrow = tl.zeros((4 * BLOCK_Y, TILE_W), tl.int32)
         row_y = y + offs_yc // 4
-        row_ptr = crop_ptr + row_y.to(tl.int64) * stride + channel
+        row_offs = row_y * stride + channel
         row_mask = (row_y < high_y) & (channel < 3)
         for x in range(low_x, high_x, BLOCK_X):
             offs_x = x + tl.arange(0, BLOCK_X)
             mask = row_mask[:, None] & (offs_x < high_x)[None, :]
-            pixels = tl.load(row_ptr[:, None] + offs_x[None, :] * 3, mask=mask, other=0)
-            pixels = pixels.to(tl.float16)
+            pixel_ptr = crop_ptr + (row_offs[:, None] + offs_x[None, :] * 3)
+            pixels = tl.load(pixel_ptr, mask=mask, other=0).to(tl.float16)
             weights = _weights(
                 crop_w, out_w, offs_j[None, :], offs_x[:, None], first_j[None, :], end_j[None, :],
                 total_j[None, :], precision_j, BICUBIC,

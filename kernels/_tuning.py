@@ -114,10 +114,10 @@ class ViewTiles:
 def view_tiles(height: int, width: int) -> ViewTiles:
     """A patch in registers up to 64 x 64, tiles of that size above.
 
-    Many warps, since a thread holds three planes, three sums and a block of float64 weights: with
-    twice the pixels per thread the compiler spills. Source blocks of 32 x 32 for the same reason.
+    Source blocks of 16 x 16, the least a tensor core takes: with larger ones the 64 x 64 tile's
+    sums, products and float64 weights no longer fit 128 registers of 512 threads.
     """
     tile_h = min(max(next_power_of_2(height), 16), 64)
     tile_w = min(max(next_power_of_2(width), 16), 64)
-    num_warps = 16 if tile_h * tile_w > 2048 else 8
-    return ViewTiles(tile_h, tile_w, 32, 32, num_warps, programs_per_sm=2)
+    num_warps = min(max(tile_h * tile_w // 256, 4), 16)
+    return ViewTiles(tile_h, tile_w, 16, 16, num_warps, programs_per_sm=2)

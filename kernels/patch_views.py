@@ -63,9 +63,8 @@ def _load_crop(images_ptr, offsets_ptr, heights_ptr, widths_ptr, row_ptr, b):
     left = tl.minimum(tl.maximum(tl.load(row_ptr + 1).to(tl.int32), 0), image_w - 1)
     crop_h = tl.minimum(tl.maximum(tl.load(row_ptr + 2).to(tl.int32), 1), image_h - top)
     crop_w = tl.minimum(tl.maximum(tl.load(row_ptr + 3).to(tl.int32), 1), image_w - left)
-    stride = image_w.to(tl.int64) * 3
-    first = tl.load(offsets_ptr + b) + top * stride + left * 3
-    return images_ptr + first, stride, crop_h, crop_w
+    first = tl.load(offsets_ptr + b) + (top.to(tl.int64) * image_w + left) * 3
+    return images_ptr + first, image_w * 3, crop_h, crop_w
 
 
 @triton.jit
@@ -118,8 +117,8 @@ def _small_views_kernel(
         blurred = round_half_even(blurred).to(tl.float16)
         r, g, b = split_channels(tl.reshape(blurred, (TILE_H, 4 * TILE_W)), TILE_H, TILE_W)
 
-    pixel_offs = (pid * out_h + offs_i[:, None]) * out_w + offs_j[None, :]
-    solarize_and_store(r, g, b, row_ptr, scale_ptr, out_ptr + pixel_offs * 3, mask, NORMALIZE)
+    pixel_ptr = out_ptr + pid * out_h * out_w * 3 + (offs_i[:, None] * out_w + offs_j[None, :]) * 3
+    solarize_and_store(r, g, b, row_ptr, scale_ptr, pixel_ptr, mask, NORMALIZE)
 
 
 @triton.jit
@@ -172,6 +171,7 @@ def _large_views_kernel(
         crop_ptr, stride, crop_h, crop_w = _load_crop(
             images_ptr, offsets_ptr, heights_ptr, widths_ptr, row_ptr, pid % batch
         )
+        patch_ptr = out_ptr + pid * plane * 3
         flip = tl.load(row_ptr + 4) != 0.0
         sigma = tl.load(row_ptr + 11)
         blurs = (sigma > 0.0) & (pad > 0)
@@ -204,10 +204,8 @@ def _large_views_kernel(
             else:
                 r, g, b, _ = jitter(r, g, b, mask, plane, 0.0, row_ptr, True, False)
                 r, g, b = grayscale(r, g, b, row_ptr)
-                pixel_offs = (pid * out_h + offs_i[:, None]) * out_w + offs_j[None, :]
-                solarize_and_store(
-                    r, g, b, row_ptr, scale_ptr, out_ptr + pixel_offs * 3, mask, NORMALIZE
-                )
+                pixel_ptr = patch_ptr + (offs_i[:, None] * out_w + offs_j[None, :]) * 3
+                solarize_and_store(r, g, b, row_ptr, scale_ptr, pixel_ptr, mask, NORMALIZE)
 
         if keeps:
             tl.debug_barrier()  # the scratch is written by all threads before any reads it
@@ -245,10 +243,8 @@ def _large_views_kernel(
                     r, g, b, _ = _load_scratch(scratch_ptr, offs_i, offs_j, out_h, out_w)
                     r, g, b, _ = jitter(r, g, b, mask, plane, mean, row_ptr, True, False)
                     r, g, b = grayscale(r, g, b, row_ptr)
-                pixel_offs = (pid * out_h + offs_i[:, None]) * out_w + offs_j[None, :]
-                solarize_and_store(
-                    r, g, b, row_ptr, scale_ptr, out_ptr + pixel_offs * 3, mask, NORMALIZE
-                )
+                pixel_ptr = patch_ptr + (offs_i[:, None] * out_w + offs_j[None, :]) * 3
+                solarize_and_store(r, g, b, row_ptr, scale_ptr, pixel_ptr, mask, NORMALIZE)
             tl.debug_barrier()  # ... and read by all before the next patch overwrites it
 
 
@@ -338,8 +334,9 @@ def ragged(images: torch.Tensor | Sequence[torch.Tensor]) -> RaggedImages:
             check_rank(op, 3, "[H, W, 3]", image=image)
         sizes = [tuple(image.shape) for image in images]
         data = torch.cat([image.reshape(-1) for image in images])
-    if any(shape[2] != 3 or min(shape) < 1 for shape in sizes):
-        raise refuse(op, f"images of shapes {sizes}", "RGB images [H, W, 3] of positive size")
+    if any(c != 3 or min(h, w) < 1 or 3 * h * w >= 2**31 for h, w, c in sizes):
+        came = f"images of shapes {sorted(set(sizes))[:4]}"
+        raise refuse(op, came, "RGB images [H, W, 3] of positive size below 2 GiB")
     ends = torch.tensor([h * w * 3 for h, w, _ in sizes], dtype=torch.int64).cumsum(0)
     offsets = ends - torch.tensor([h * w * 3 for h, w, _ in sizes], dtype=torch.int64)
     heights = torch.tensor([h for h, _, _ in sizes], dtype=torch.int32)

@@ -3,12 +3,13 @@
 
     R(Z) = 1/2 logdet(I + a Z^T Z) = 1/2 logdet(I + a Z Z^T),   a = D / (B eps),  Z = z[p]
 
-by the Gram on the shorter side (Sylvester's identity), I + a Gram written in one batched launch,
-and one batched Cholesky of torch's: R = sum_i log L_ii. Backward: dz = dR a (I + a Gram)^-1 z for
-each slot, the inverse from the Cholesky factor, the product again one launch.
+by the Gram on the shorter side (Sylvester's identity) of all slots in one launch and one batched
+Cholesky of torch's: R = sum_i log L_ii. The Gram is float32; identity, Cholesky and inverse are
+float64, as R of short or of like rows is a small difference. Backward: dz = dR a (I + a Gram)^-1 z
+for each slot, the product again one launch.
 
 z [P, B, D] float32, bfloat16 or float16; R [P] float32, larger means more spread.
-Saved: z, and the [P, B, B] factor where B <= D; where D < B it is made again in backward.
+Saved: z, and the [P, B, B] inverse where B <= D; where D < B it is made again in backward.
 FLOPs: min(B, D) B D P for the Gram, min(B, D)^3 P / 3 for the Cholesky, twice the Gram's and
 min(B, D)^3 P for backward.
 """
@@ -70,29 +71,34 @@ def _tcr_bwd_kernel(
 
 
 def _factor(z: torch.Tensor, eps: float) -> torch.Tensor:
-    """Cholesky factor [P, R, R] of I + a Gram. NaN where z is not finite."""
+    """Cholesky factor [P, R, R] of I + a Gram in float64. NaN where z is not finite."""
     _, batch, dim = z.shape
     with device_guard(z):
-        gram, _ = gram_fwd(z, None, dim / (batch * eps), store=True, diagonal="identity")
+        gram, _ = gram_fwd(z, None, dim / (batch * eps), store=True)
+    gram = gram.double()
+    gram.diagonal(dim1=1, dim2=2).add_(1.0)
     # No check: it would wait for the device. A slot with non-finite values fails and is made NaN.
     factor, info = torch.linalg.cholesky_ex(gram, check_errors=False)
-    return torch.where((info == 0)[:, None, None], factor, torch.nan).contiguous()
+    return torch.where((info == 0)[:, None, None], factor, torch.nan)
+
+
+def _inverse(factor: torch.Tensor) -> torch.Tensor:
+    return torch.cholesky_inverse(factor).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def tcr_fwd(z: torch.Tensor, eps: float, save: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R [P], Cholesky factor [P, B, B] if saved and B <= D)."""
+    """(R [P], inverse of I + a Gram [P, B, B] if saved and B <= D)."""
     factor = _factor(z, eps)
-    rate = factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
-    return rate, factor if save and on_batch(z) else factor.new_empty((0, 0, 0))
+    rate = factor.diagonal(dim1=1, dim2=2).log().sum(dim=1).float()
+    return rate, _inverse(factor) if save and on_batch(z) else rate.new_empty((0, 0, 0))
 
 
-def tcr_bwd(z: torch.Tensor, factor: torch.Tensor, dout: torch.Tensor, eps: float) -> torch.Tensor:
+def tcr_bwd(z: torch.Tensor, inverse: torch.Tensor, dout: torch.Tensor, eps: float) -> torch.Tensor:
     """dz [P, B, D], contiguous, in z's dtype."""
     num_slots, batch, dim = z.shape
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if not on_batch(z):
-        factor = _factor(z, eps)
-    inverse = torch.cholesky_inverse(factor).contiguous()
+        inverse = _inverse(_factor(z, eps))
     # The inverse of a well spread slot is below float16's range; TF32 has it, and its mantissa.
     wide = z.dtype == torch.float16
     tile = grad_tile(z.dtype != torch.bfloat16)
@@ -129,12 +135,12 @@ _bwd_op = torch.library.custom_op("bagssl_triton::tcr_bwd", tcr_bwd, mutates_arg
 def _(z, eps, save):
     num_slots, batch, _ = z.shape
     shape = (num_slots, batch, batch) if save and on_batch(z) else (0, 0, 0)
-    factor = z.new_empty(shape, dtype=torch.float32)
-    return z.new_empty((num_slots,), dtype=torch.float32), factor
+    inverse = z.new_empty(shape, dtype=torch.float32)
+    return z.new_empty((num_slots,), dtype=torch.float32), inverse
 
 
 @_bwd_op.register_fake
-def _(z, factor, dout, eps):
+def _(z, inverse, dout, eps):
     return torch.empty(z.shape, dtype=z.dtype, device=z.device)
 
 
@@ -143,8 +149,8 @@ class TCRFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor, eps: float) -> torch.Tensor:
-        rate, factor = _fwd_op(z, eps, ctx.needs_input_grad[0])
-        ctx.save_for_backward(z, factor)
+        rate, inverse = _fwd_op(z, eps, ctx.needs_input_grad[0])
+        ctx.save_for_backward(z, inverse)
         ctx.eps = eps
         return rate
 

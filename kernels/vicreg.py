@@ -292,7 +292,7 @@ def vicreg_fwd(
             mean,
             1.0 / (batch - 1),
             store=save and on_batch(z),
-            diagonal="keep" if on_batch(z) else "zero",
+            zero_diagonal=not on_batch(z),
         )
         _terms_kernel[(1,)](
             spread_partial_ptr=spread,
@@ -347,7 +347,7 @@ def vicreg_bwd(
     with device_guard(z):
         if not on_batch(z):
             gram, _ = gram_fwd(
-                z, mean, 1.0 / (batch - 1), store=True, diagonal="keep" if on_batch(z) else "zero"
+                z, mean, 1.0 / (batch - 1), store=True, zero_diagonal=not on_batch(z)
             )
         _vicreg_bwd_kernel[grid](
             z_ptr=z,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from bagssl_fast.kernels.patch_views import patch_views, ragged
 from torch import Tensor
 
-from bagssl_fast.kernels.patch_views import patch_views, ragged
 from bagssl_fast.reference.patch_views import patch_views as reference
 
 STATISTICS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
