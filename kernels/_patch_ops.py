@@ -37,7 +37,7 @@ def _axis_scale(size, out_size, BICUBIC: tl.constexpr):
 
 @triton.jit
 def _axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
-    """Of the output pixels offs: first and end of their windows, sum and largest of the weights."""
+    """Of the output pixels offs: first and end of their windows, 1 / sum and largest of the weights."""
     scale, support, inverse = _axis_scale(size, out_size, BICUBIC)
     center = scale * (offs.to(tl.float64) + 0.5)
     first = tl.maximum((center - support + 0.5).to(tl.int32), 0)
@@ -51,12 +51,12 @@ def _axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
         weight = tl.where(at < end, weight, 0.0)
         total += weight
         peak = tl.maximum(peak, weight)
-    return first, end, tl.where(total == 0.0, 1.0, total), peak
+    return first, end, 1.0 / tl.where(total == 0.0, 1.0, total), peak
 
 
 @triton.jit
 def axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
-    """Of the output pixels offs: first and end of their windows, sum of the weights."""
+    """Of the output pixels offs: first and end of their windows, 1 / sum of the weights."""
     windows = _axis_windows(size, out_size, offs, BICUBIC)
     return windows[0], windows[1], windows[2]
 
@@ -65,7 +65,7 @@ def axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
 def axis_precision(size, out_size, offs, BICUBIC: tl.constexpr):
     """The most bits with which the largest weight of an axis, whose pixels are offs, fits an int16."""
     windows = _axis_windows(size, out_size, offs, BICUBIC)
-    share = (windows[3] / windows[2]).to(tl.float32)
+    share = (windows[3] * windows[2]).to(tl.float32)
     largest = tl.max(tl.where(offs < out_size, share, 0.0))
     precision = tl.full((), 0, tl.int32)
     bound = largest * 2.0
@@ -76,11 +76,11 @@ def axis_precision(size, out_size, offs, BICUBIC: tl.constexpr):
 
 
 @triton.jit
-def _weights(size, out_size, offs, at, first, end, total, precision, BICUBIC: tl.constexpr):
+def _weights(size, out_size, offs, at, first, end, norm, precision, BICUBIC: tl.constexpr):
     """Fixed-point weights of source pixels `at` for output pixels `offs`."""
     scale, _, inverse = _axis_scale(size, out_size, BICUBIC)
     center = scale * (offs.to(tl.float64) + 0.5)
-    weight = _filter((at.to(tl.float64) - center + 0.5) * inverse, BICUBIC) / total
+    weight = _filter((at.to(tl.float64) - center + 0.5) * inverse, BICUBIC) * norm
     weight = tl.where((at >= first) & (at < end), weight, 0.0) * (1 << precision).to(tl.float64)
     return tl.where(weight < 0.0, weight - 0.5, weight + 0.5).to(tl.int32)
 
@@ -94,7 +94,7 @@ def _round(total, precision):
 @triton.jit
 def resize_tile(
     crop_ptr, stride, crop_h, crop_w, out_h, out_w, offs_i, offs_j,
-    first_i, end_i, total_i, precision_i, first_j, end_j, total_j, precision_j,
+    first_i, end_i, norm_i, precision_i, first_j, end_j, norm_j, precision_j,
     BICUBIC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def resize_tile(
             pixels = tl.load(pixel_ptr, mask=mask, other=0).to(tl.float16)
             weights = _weights(
                 crop_w, out_w, offs_j[None, :], offs_x[:, None], first_j[None, :], end_j[None, :],
-                total_j[None, :], precision_j, BICUBIC,
+                norm_j[None, :], precision_j, BICUBIC,
             )  # fmt: skip
             for byte in range(2):
                 narrow += tl.dot(pixels, _byte(weights, byte)).to(tl.int32) << (8 - 8 * byte)
@@ -135,7 +135,7 @@ def resize_tile(
         offs_y = y + tl.arange(0, BLOCK_Y)
         weights = _weights(
             crop_h, out_h, offs_i[:, None], offs_y[None, :], first_i[:, None], end_i[:, None],
-            total_i[:, None], precision_i, BICUBIC,
+            norm_i[:, None], precision_i, BICUBIC,
         )  # fmt: skip
         for byte in range(2):
             total += tl.dot(_byte(weights, byte), rows).to(tl.int32) << (8 - 8 * byte)
@@ -186,6 +186,15 @@ def _blend(x, other, factor):
 
 
 @triton.jit
+def _divide(x, y):
+    """x / y, rounded once, for plain numbers: the hardware's rounded division calls a subroutine for
+    the others, around which registers spill."""
+    inverse = 1.0 / y
+    quotient = x * inverse
+    return tl.fma(tl.fma(-quotient, y, x), inverse, quotient)
+
+
+@triton.jit
 def _shift_hue(r8, g8, b8, shift):
     """RGB to HSV, hue moved, back, with torch's roundings; two of the three channels are exact."""
     max8 = tl.maximum(tl.maximum(r8, g8), b8)
@@ -194,14 +203,14 @@ def _shift_hue(r8, g8, b8, shift):
     r, g, b, v = r8 * byte, g8 * byte, b8 * byte, max8 * byte
     spread = v - min8 * byte
     divisor = tl.where(spread == 0.0, 1.0, spread)
-    s = tl.div_rn(spread, tl.where(spread == 0.0, 1.0, v))
+    s = _divide(spread, tl.where(spread == 0.0, 1.0, v))
 
     is_r = max8 == r8
     is_g = max8 == g8
     plus = tl.where(is_r, b, tl.where(is_g, r, g))
     minus = tl.where(is_r, g, tl.where(is_g, b, r))
     start = tl.where(is_r, 0.0, tl.where(is_g, 2.0, 4.0))
-    h = (tl.div_rn(v - plus, divisor) + start) - tl.div_rn(v - minus, divisor)
+    h = (_divide(v - plus, divisor) + start) - _divide(v - minus, divisor)
     h = h * (1.0 / 6.0) + 1.0
     h = tl.where(h >= 1.0, h - 1.0, h)
     h = h + shift

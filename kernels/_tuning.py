@@ -112,12 +112,14 @@ class ViewTiles:
 
 
 def view_tiles(height: int, width: int) -> ViewTiles:
-    """A patch in registers up to 64 x 64, tiles of that size above.
+    """A patch in registers up to 64 x 64, tiles of 32 x 64 above, whose loops need registers too.
 
     Source blocks of 16 x 16, the least a tensor core takes: with larger ones the 64 x 64 tile's
     sums, products and float64 weights no longer fit 128 registers of 512 threads.
     """
-    tile_h = min(max(next_power_of_2(height), 16), 64)
-    tile_w = min(max(next_power_of_2(width), 16), 64)
+    tile_h = max(next_power_of_2(height), 16)
+    tile_w = max(next_power_of_2(width), 16)
+    if tile_h > 64 or tile_w > 64:
+        tile_h, tile_w = min(tile_h, 32), min(tile_w, 64)
     num_warps = min(max(tile_h * tile_w // 256, 4), 16)
     return ViewTiles(tile_h, tile_w, 16, 16, num_warps, programs_per_sm=2)

@@ -400,7 +400,7 @@ def patch_embed(
     if images.stride(3) != 1 or images.stride(2) != channels:
         images = images.contiguous()
     # Folding is torch's, so that autograd unfolds dW and dbias; it costs two passes over W.
-    wide = weight.float()
+    wide = weight.float().contiguous()
     scale = torch.tensor([1 / (255 * s) for s in std], device=weight.device).view(1, -1, 1, 1)
     shift = [(CENTRE / 255 - m) / s for m, s in zip(mean, std, strict=True)]
     folded = (wide * scale).permute(2, 3, 1, 0).reshape(-1, out_dim).to(weight.dtype).contiguous()

@@ -14,7 +14,7 @@ the crop is loaded once. A blur is two products with Gaussian bands, reflection 
 
 Patches up to 64 x 64: one program per patch, which keeps it in registers from the crop to the store.
 Bytes: the crop and the result, once each; nothing else is written.
-Larger patches: tiles of 64 x 64, a program for all tiles of its patches in turn. Only patches with a
+Larger patches: tiles of 32 x 64, a program for all tiles of its patches in turn. Only patches with a
 blur or a contrast (whose mean needs all pixels first) leave the resized patch as uint8 in a scratch
 of the program, which stays in the cache. Tiles share a margin of the crop, two to four source pixels.
 Integers all the way: the result does not depend on tiles, batch or device, but for ties of the blur.
@@ -97,12 +97,12 @@ def _small_views_kernel(
     offs_j = tl.arange(0, TILE_W)
     mask = (offs_i < out_h)[:, None] & (offs_j < out_w)[None, :]
     source_j = tl.where(tl.load(row_ptr + 4) != 0.0, out_w - 1 - offs_j, offs_j)
-    first_i, end_i, total_i = axis_windows(crop_h, out_h, offs_i, BICUBIC)
-    first_j, end_j, total_j = axis_windows(crop_w, out_w, source_j, BICUBIC)
+    first_i, end_i, norm_i = axis_windows(crop_h, out_h, offs_i, BICUBIC)
+    first_j, end_j, norm_j = axis_windows(crop_w, out_w, source_j, BICUBIC)
     r, g, b = resize_tile(
         crop_ptr, stride, crop_h, crop_w, out_h, out_w, offs_i, source_j,
-        first_i, end_i, total_i, axis_precision(crop_h, out_h, offs_i, BICUBIC),
-        first_j, end_j, total_j, axis_precision(crop_w, out_w, offs_j, BICUBIC),
+        first_i, end_i, norm_i, axis_precision(crop_h, out_h, offs_i, BICUBIC),
+        first_j, end_j, norm_j, axis_precision(crop_w, out_w, offs_j, BICUBIC),
         BICUBIC, TILE_H, TILE_W, BLOCK_Y, BLOCK_X,
     )  # fmt: skip
 
@@ -187,11 +187,11 @@ def _large_views_kernel(
             offs_j = tile % tiles_w * TILE_W + tl.arange(0, TILE_W)
             mask = (offs_i < out_h)[:, None] & (offs_j < out_w)[None, :]
             source_j = tl.where(flip, out_w - 1 - offs_j, offs_j)
-            first_i, end_i, total_i = axis_windows(crop_h, out_h, offs_i, BICUBIC)
-            first_j, end_j, total_j = axis_windows(crop_w, out_w, source_j, BICUBIC)
+            first_i, end_i, norm_i = axis_windows(crop_h, out_h, offs_i, BICUBIC)
+            first_j, end_j, norm_j = axis_windows(crop_w, out_w, source_j, BICUBIC)
             r, g, b = resize_tile(
                 crop_ptr, stride, crop_h, crop_w, out_h, out_w, offs_i, source_j,
-                first_i, end_i, total_i, precision_i, first_j, end_j, total_j, precision_j,
+                first_i, end_i, norm_i, precision_i, first_j, end_j, norm_j, precision_j,
                 BICUBIC, TILE_H, TILE_W, BLOCK_Y, BLOCK_X,
             )  # fmt: skip
             if keeps:
@@ -266,8 +266,9 @@ def patch_views_fwd(
     out = torch.empty((num_slots, batch, *size, 3), dtype=dtype, device=data.device)
     if out.numel() == 0:
         return out
-    scale = [1.0 / (255.0 * s) for s in std]
-    offset = [-m / s for m, s in zip(mean, std, strict=True)]
+    # From float32 means and stds, in float64, to float32: the roundings of every implementation.
+    center, spread = torch.tensor(mean).double(), torch.tensor(std).double()
+    scale = torch.stack([1.0 / (255.0 * spread), -center / spread]).float()
     tiles: ViewTiles = view_tiles(size[0], size[1])
     shared = {
         "images_ptr": data,
@@ -275,7 +276,7 @@ def patch_views_fwd(
         "heights_ptr": heights,
         "widths_ptr": widths,
         "params_ptr": params,
-        "scale_ptr": torch.tensor([scale, offset], device=data.device),
+        "scale_ptr": scale.to(data.device, non_blocking=True),
         "out_ptr": out,
         "batch": batch,
         "out_h": size[0],

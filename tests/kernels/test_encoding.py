@@ -117,7 +117,7 @@ def block_case(rows: tuple[int, ...], depth: int, width: int) -> dict[str, Tenso
 @pytest.mark.parametrize(
     ("rows", "depth", "width", "options"),
     [
-        ((2,), 3, 1, {"training": True}),
+        ((3,), 3, 1, {"training": True}),
         ((3, 7), 5, 31, {"training": True, "momentum": 0.3}),
         ((129,), 6, 65, {"training": True}),  # two strips and a row, two column tiles and one
         ((17,), 6, 33, {"training": True, "relu": False}),
