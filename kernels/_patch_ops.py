@@ -158,14 +158,6 @@ def split_channels(rows, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     return r.to(tl.float32), g.to(tl.float32), b.to(tl.float32)
 
 
-@triton.jit
-def join_channels(r, g, b, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """Three planes to bytes [TILE_H, 4 TILE_W] in float16; the fourth channel is zero."""
-    r, g, b = r.to(tl.float16), g.to(tl.float16), b.to(tl.float16)
-    pixels = tl.join(tl.join(r, b), tl.join(g, tl.zeros_like(b)))
-    return tl.reshape(tl.permute(pixels, (0, 2, 3, 1)), (TILE_H, 4 * TILE_W))
-
-
 # ---------------------------------------------------------------------------------------- colour
 
 
@@ -328,10 +320,26 @@ def _blur_band(out, source, size, sigma, pad):
 
 
 @triton.jit
-def _halves(x):
-    """A float32 as the sum of two float16, to 22 bits."""
+def _half(x, part):
+    """The first or the second float16 of a float32 that is their sum, to 22 bits."""
     high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
+    if part == 1:
+        high = (x - high.to(tl.float32)).to(tl.float16)
+    return high
+
+
+@triton.jit
+def _blur_plane(x, down, across, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """down x across, float32 products as sums of float16 ones: of bytes, of values in two halves."""
+    pixels = x.to(tl.float16)
+    rows = tl.zeros((TILE_H, TILE_W), tl.float32)
+    for part in range(2):
+        rows = tl.dot(_half(down, part), pixels, rows)
+    rows *= 1.0 / 1024.0
+    out = tl.zeros((TILE_H, TILE_W), tl.float32)
+    for part in range(3):  # high x high, high x low, low x high
+        out = tl.dot(_half(rows, part // 2), _half(across, part % 2), out)
+    return out * (1.0 / 1024.0)
 
 
 @triton.jit
@@ -339,25 +347,20 @@ def blur_tile(
     r, g, b, offs_y, offs_x, offs_i, offs_j, out_h, out_w, sigma, pad,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """What pixels offs_y x offs_x contribute to blurred pixels offs_i x offs_j: [4 TILE_H, TILE_W].
+    """What pixels offs_y x offs_x contribute to blurred pixels offs_i x offs_j.
 
-    float32 products as sums of float16 ones, of bytes and of values in two halves; the bands are
-    scaled by 1024 to keep their low halves out of the subnormals.
+    Plane by plane in a loop, which keeps registers few. The bands are scaled by 1024 to keep their
+    second halves out of the subnormals.
     """
     down = _blur_band(offs_i[:, None], offs_y[None, :], out_h, sigma, pad) * 1024.0
     across = _blur_band(offs_j[None, :], offs_x[:, None], out_w, sigma, pad) * 1024.0
-    high, low = _halves(down)
-    pixels = join_channels(r, g, b, TILE_H, TILE_W)
-    rows = tl.zeros((TILE_H, 4 * TILE_W), tl.float32)
-    for part in range(2):
-        rows = tl.dot(tl.where(part == 0, high, low), pixels, rows)
-    high, low = _halves(tl.reshape(rows, (4 * TILE_H, TILE_W)) / 1024.0)
-    across_high, across_low = _halves(across)
-    out = tl.zeros((4 * TILE_H, TILE_W), tl.float32)
-    for part in range(3):
-        left = tl.where(part == 2, low, high)
-        out = tl.dot(left, tl.where(part == 1, across_low, across_high), out)
-    return out / 1024.0
+    for c in range(3):
+        plane = tl.where(c == 0, r, tl.where(c == 1, g, b))
+        plane = _blur_plane(plane, down, across, TILE_H, TILE_W)
+        r = tl.where(c == 0, plane, r)
+        g = tl.where(c == 1, plane, g)
+        b = tl.where(c == 2, plane, b)
+    return r, g, b
 
 
 @triton.jit

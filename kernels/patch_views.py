@@ -37,7 +37,6 @@ from ._patch_ops import (
     resize_tile,
     round_half_even,
     solarize_and_store,
-    split_channels,
 )
 from ._tuning import ViewTiles, view_tiles
 
@@ -110,12 +109,12 @@ def _small_views_kernel(
     r, g, b = grayscale(r, g, b, row_ptr)
     sigma = tl.load(row_ptr + 11)
     if (sigma > 0.0) & (pad > 0):
-        blurred = blur_tile(
-            r, g, b, offs_i, offs_j, offs_i, offs_j, out_h, out_w, sigma, pad,
-            TILE_H, TILE_W,
-        )  # fmt: skip
-        blurred = round_half_even(blurred).to(tl.float16)
-        r, g, b = split_channels(tl.reshape(blurred, (TILE_H, 4 * TILE_W)), TILE_H, TILE_W)
+        r, g, b = blur_tile(
+            r, g, b, offs_i, offs_j, offs_i, offs_j, out_h, out_w, sigma, pad, TILE_H, TILE_W
+        )
+        r = round_half_even(r)
+        g = round_half_even(g)
+        b = round_half_even(b)
 
     pixel_ptr = out_ptr + pid * out_h * out_w * 3 + (offs_i[:, None] * out_w + offs_j[None, :]) * 3
     solarize_and_store(r, g, b, row_ptr, scale_ptr, pixel_ptr, mask, NORMALIZE)
@@ -219,7 +218,9 @@ def _large_views_kernel(
                     first_x = tile % tiles_w * TILE_W - pad
                     end_y = first_y + TILE_H + 2 * pad
                     end_x = first_x + TILE_W + 2 * pad
-                    blurred = tl.zeros((4 * TILE_H, TILE_W), tl.float32)
+                    sum_r = tl.zeros((TILE_H, TILE_W), tl.float32)
+                    sum_g = tl.zeros((TILE_H, TILE_W), tl.float32)
+                    sum_b = tl.zeros((TILE_H, TILE_W), tl.float32)
                     for y in range(first_y, end_y, TILE_H):
                         for x in range(first_x, end_x, TILE_W):
                             offs_y = y + tl.arange(0, TILE_H)
@@ -231,14 +232,16 @@ def _large_views_kernel(
                             )
                             r, g, b, _ = jitter(r, g, b, inside, plane, mean, row_ptr, True, False)
                             r, g, b = grayscale(r, g, b, row_ptr)
-                            blurred += blur_tile(
+                            r, g, b = blur_tile(
                                 r, g, b, offs_y, offs_x, offs_i, offs_j, out_h, out_w, sigma, pad,
                                 TILE_H, TILE_W,
                             )  # fmt: skip
-                    blurred = round_half_even(blurred).to(tl.float16)
-                    r, g, b = split_channels(
-                        tl.reshape(blurred, (TILE_H, 4 * TILE_W)), TILE_H, TILE_W
-                    )
+                            sum_r += r
+                            sum_g += g
+                            sum_b += b
+                    r = round_half_even(sum_r)
+                    g = round_half_even(sum_g)
+                    b = round_half_even(sum_b)
                 else:
                     r, g, b, _ = _load_scratch(scratch_ptr, offs_i, offs_j, out_h, out_w)
                     r, g, b, _ = jitter(r, g, b, mask, plane, mean, row_ptr, True, False)
