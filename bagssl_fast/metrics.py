@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -98,7 +99,8 @@ class Reporter:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             self.writer = _tensorboard(run_dir)
-        if sys.stderr.isatty():
+        # A terminal that does not know its width (a pseudo one, say) gets lines too.
+        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
