@@ -17,7 +17,7 @@ from bagssl_fast.config import BagConfig, Config, EncoderConfig, HeadConfig
 from bagssl_fast.data import open_source
 from bagssl_fast.features import CENTER, Plan, calibrate, dense_grid, dense_stride, extract
 from bagssl_fast.model import BagModel, build_model
-from bagssl_fast.probes import RIDGE_GRID, _largest, knn_accuracy, linear_probe
+from bagssl_fast.probes import RIDGE_GRID, knn_accuracy, linear_probe
 
 
 def clusters(n, dim, classes=3, noise=0.5, seed=0):
@@ -41,14 +41,6 @@ class TestKNN:
             correct += votes.index(max(votes)) == int(y)
         got = knn_accuracy(train_x, train_y, test_x, test_y, k=k, temperature=t, chunk=7)
         assert got == correct / 30
-
-    @pytest.mark.parametrize("columns", [5, 64, 640, 2600, 5000])
-    def test_finds_the_largest_by_blocks(self, columns):
-        scores = torch.randn(9, columns, generator=torch.Generator().manual_seed(0))
-        k = min(20, columns)
-        values, index = _largest(scores, k)
-        torch.testing.assert_close(values, scores.topk(k, dim=1).values, rtol=0, atol=0)
-        torch.testing.assert_close(scores.gather(1, index), values, rtol=0, atol=0)
 
     def test_clamps_k_to_the_bank(self):
         x, y = clusters(4, 6)
