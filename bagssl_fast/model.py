@@ -42,6 +42,8 @@ class BagModel(nn.Module):
     @property
     def embedding_dim(self) -> int:
         """Size F of the embedding that evaluation pools."""
+        if isinstance(self.head, Projector):
+            return cast(int, self.backbone.feature_dim)
         return self.head.embedding_dim
 
     @property
@@ -63,8 +65,12 @@ class BagModel(nn.Module):
         return self.head.embed(self.backbone.dense(images, stride or self.stride))
 
     def project(self, h: Tensor) -> Tensor:
-        """Projections of embeddings: h `[..., F]` -> z `[..., D]`."""
-        return cast(Tensor, self.head(h))
+        """Projections of embeddings: h `[..., F]` -> z `[..., D]`.
+
+        Of an embedding wider than the head's input (PatchNet's hypercolumn) the head sees the last
+        entries, the top layer's.
+        """
+        return cast(Tensor, self.head(h[..., -self.head.embedding_dim :]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes the bags of a batch.
@@ -114,6 +120,8 @@ def build_model(config: Config, pretrained: bool | None = None) -> BagModel:
     except TypeError as error:
         raise ValueError(f"--encoder.options {encoder.options}: {error}") from error
     dim = cast(int, backbone.feature_dim)
+    if isinstance(backbone, PatchNet) and head.name == "projector":
+        dim = backbone.top_dim
     heads: dict[str, type[Projector] | type[EMPHead]] = {"projector": Projector, "emp": EMPHead}
     options = dict(head.options)
     if head.name == "projector":

@@ -255,3 +255,28 @@ def test_missing_package_says_what_to_install(
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=f"pip install {package}"):
         build_encoder(name, patch_size=32)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 4, 8])
+def test_hypercolumn_dense_equals_patch_by_patch(stride: int) -> None:
+    net = PatchNet(16, width=8, stem=12, feature_dim=20, hypercolumn=True).eval()
+    assert net.feature_dim == 12 + 8 + 16 + 16 + 20
+    x = images(2, 24, 24)
+    cut = x.unfold(2, 16, stride).unfold(3, 16, stride).permute(2, 3, 0, 1, 4, 5)
+    expected = net(cut.flatten(0, 2)).unflatten(0, (-1, 2))
+    torch.testing.assert_close(net.dense(x, stride), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hypercolumn_adds_to_the_embedding_and_leaves_training_as_it_was() -> None:
+    """The lower layers' means are read, not trained through: same top, same z, same gradients."""
+    results = []
+    for hypercolumn in (False, True):
+        torch.manual_seed(0)
+        net = PatchNet(16, width=8, stem=12, feature_dim=20, hypercolumn=hypercolumn)
+        model = BagModel(net, Projector(net.top_dim, 16), dense=True, stride=8)
+        h, z = model(images(2 * 3, 24, 24).unflatten(0, (2, 3)))
+        assert h.shape[-1] == model.embedding_dim == net.feature_dim
+        z.square().sum().backward()
+        results.append((h[..., -20:], z, [p.grad for p in model.parameters()]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
