@@ -96,6 +96,16 @@ def _stats_merge_kernel(
 
 
 @triton.jit
+def _columns(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, offs_m, mask_m):
+    """The columns' statistics and parameters, rows of one [1, BLOCK_M] each, float32."""
+    mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
+    gamma = tl.load(gamma_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
+    return mean[None, :], rstd[None, :], gamma[None, :], beta[None, :]
+
+
+@triton.jit
 def _normalize_fwd_kernel(
     y_ptr,  # [N, M]
     mean_ptr,  # [M]
@@ -107,34 +117,32 @@ def _normalize_fwd_kernel(
     cols,
     stride_y_n,
     RELU: tl.constexpr,
+    REPEAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
 
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < cols
-    mask = (offs_n < rows)[:, None] & mask_m[None, :]
-
-    mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    gamma = tl.load(gamma_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + offs_n[:, None] * stride_y_n + offs_m[None, :], mask=mask, other=0.0)
-    out = (y.to(tl.float32) - mean[None, :]) * (rstd * gamma)[None, :] + beta[None, :]
-    if RELU:
-        out = tl.where(out <= 0.0, 0.0, out)  # NaN stays
-    out_offs = offs_n[:, None] * cols + offs_m[None, :]
-    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    mean, rstd, gamma, beta = _columns(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, offs_m, mask_m)
+    for step in range(REPEAT):
+        offs_n = (pid_n.to(tl.int64) * REPEAT + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (offs_n < rows)[:, None] & mask_m[None, :]
+        y = tl.load(y_ptr + offs_n[:, None] * stride_y_n + offs_m[None, :], mask=mask, other=0.0)
+        out = (y.to(tl.float32) - mean) * rstd * gamma + beta  # [BLOCK_N, BLOCK_M]
+        if RELU:
+            out = tl.where(out <= 0.0, 0.0, out)  # NaN stays
+        out_offs = offs_n[:, None] * cols + offs_m[None, :]
+        tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _masked_gradient(y_hat, dout, gamma, beta, RELU: tl.constexpr):
     """The gradient before the ReLU, whose mask is made again."""
     if RELU:
-        dout = tl.where(gamma[None, :] * y_hat + beta[None, :] <= 0.0, 0.0, dout)
+        dout = tl.where(y_hat * gamma + beta <= 0.0, 0.0, dout)
     return dout
 
 
@@ -162,13 +170,10 @@ def _reduce_bwd_kernel(
     mask_m = offs_m < cols
     mask = (offs_n < rows)[:, None] & mask_m[None, :]
 
-    mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    gamma = tl.load(gamma_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
+    mean, rstd, gamma, beta = _columns(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, offs_m, mask_m)
     y = tl.load(y_ptr + offs_n[:, None] * stride_y_n + offs_m[None, :], mask=mask, other=0.0)
     dout = tl.load(dout_ptr + offs_n[:, None] * cols + offs_m[None, :], mask=mask, other=0.0)
-    y_hat = (y.to(tl.float32) - mean[None, :]) * rstd[None, :]
+    y_hat = (y.to(tl.float32) - mean) * rstd
     dout = _masked_gradient(y_hat, dout.to(tl.float32), gamma, beta, RELU)
 
     sums_partial_ptr += pid_n.to(tl.int64) * 2 * cols + offs_m
@@ -191,32 +196,33 @@ def _normalize_bwd_kernel(
     stride_y_n,
     TRAINING: tl.constexpr,
     RELU: tl.constexpr,
+    REPEAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
 
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < cols
-    mask = (offs_n < rows)[:, None] & mask_m[None, :]
-
-    mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    gamma = tl.load(gamma_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + offs_n[:, None] * stride_y_n + offs_m[None, :], mask=mask, other=0.0)
-    dout = tl.load(dout_ptr + offs_n[:, None] * cols + offs_m[None, :], mask=mask, other=0.0)
-    y_hat = (y.to(tl.float32) - mean[None, :]) * rstd[None, :]
-    dy = _masked_gradient(y_hat, dout.to(tl.float32), gamma, beta, RELU)
+    mean, rstd, gamma, beta = _columns(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, offs_m, mask_m)
+    dgamma = tl.zeros((1, BLOCK_M), tl.float32)
+    dbeta = tl.zeros((1, BLOCK_M), tl.float32)
     if TRAINING:
-        dgamma = tl.load(sums_ptr + offs_m, mask=mask_m, other=0.0)
-        dbeta = tl.load(sums_ptr + cols + offs_m, mask=mask_m, other=0.0)
-        dy -= y_hat * dgamma[None, :] + dbeta[None, :]
-    dy *= (gamma * rstd)[None, :]
-    dy_offs = offs_n[:, None] * cols + offs_m[None, :]
-    tl.store(dy_ptr + dy_offs, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+        dgamma = tl.load(sums_ptr + offs_m, mask=mask_m, other=0.0)[None, :]
+        dbeta = tl.load(sums_ptr + cols + offs_m, mask=mask_m, other=0.0)[None, :]
+    for step in range(REPEAT):
+        offs_n = (pid_n.to(tl.int64) * REPEAT + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (offs_n < rows)[:, None] & mask_m[None, :]
+        y = tl.load(y_ptr + offs_n[:, None] * stride_y_n + offs_m[None, :], mask=mask, other=0.0)
+        dout = tl.load(dout_ptr + offs_n[:, None] * cols + offs_m[None, :], mask=mask, other=0.0)
+        y_hat = (y.to(tl.float32) - mean) * rstd  # [BLOCK_N, BLOCK_M]
+        dy = _masked_gradient(y_hat, dout.to(tl.float32), gamma, beta, RELU)
+        if TRAINING:
+            dy -= y_hat * dgamma + dbeta
+        dy *= gamma * rstd
+        dy_offs = offs_n[:, None] * cols + offs_m[None, :]
+        tl.store(dy_ptr + dy_offs, dy.to(dy_ptr.dtype.element_ty), mask=mask)
 
 
 def batch_stats_fwd(y: torch.Tensor) -> torch.Tensor:
@@ -273,8 +279,9 @@ def normalize_fwd(
     if y.numel() == 0:
         return out
     strip = row_strip(rows, cols, sm_count(y.device))
+    grid = (triton.cdiv(cols, strip.cols), triton.cdiv(rows, strip.rows * strip.repeat))
     with device_guard(y):
-        _normalize_fwd_kernel[(triton.cdiv(cols, strip.cols), triton.cdiv(rows, strip.rows))](
+        _normalize_fwd_kernel[grid](
             y_ptr=y,
             mean_ptr=mean,
             rstd_ptr=rstd,
@@ -285,6 +292,7 @@ def normalize_fwd(
             cols=cols,
             stride_y_n=y.stride(0),
             RELU=relu,
+            REPEAT=strip.repeat,
             BLOCK_N=strip.rows,
             BLOCK_M=strip.cols,
             num_warps=strip.num_warps,
@@ -345,8 +353,9 @@ def normalize_bwd(
     if y.numel() == 0:
         return dy
     strip = row_strip(rows, cols, sm_count(y.device))
+    grid = (triton.cdiv(cols, strip.cols), triton.cdiv(rows, strip.rows * strip.repeat))
     with device_guard(y):
-        _normalize_bwd_kernel[(triton.cdiv(cols, strip.cols), triton.cdiv(rows, strip.rows))](
+        _normalize_bwd_kernel[grid](
             y_ptr=y,
             dout_ptr=dout,
             mean_ptr=mean,
@@ -360,6 +369,7 @@ def normalize_bwd(
             stride_y_n=y.stride(0),
             TRAINING=training,
             RELU=relu,
+            REPEAT=strip.repeat,
             BLOCK_N=strip.rows,
             BLOCK_M=strip.cols,
             num_warps=strip.num_warps,
