@@ -1,8 +1,8 @@
-"""The kernels at the shapes of the recipes, launched on meta tensors (to compile) or on data (to count).
+"""The kernels at the shapes of the recipes, launched on meta tensors (to compile) or on data.
 
-A case calls the launchers of `kernels/`; `fewest` says, per pass, which kernels belong to it and the
-bytes that must cross the memory bus at least: every input once, every result once, and what forward
-keeps for backward once.
+A case calls the launchers of `kernels/`; a pass names the kernels that belong to it and the fewest
+bytes that must cross the memory bus: every input once, every result once, and what forward keeps
+for backward once.
 """
 
 from __future__ import annotations

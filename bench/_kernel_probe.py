@@ -3,7 +3,7 @@
 `compile_case` launches a case on meta tensors while the driver pretends to be the target's: every
 launch is compiled exactly as it would be there, and its binary is taken apart. `count_case` runs a
 case in Triton's interpreter (a process with TRITON_INTERPRET=1) and adds up the bytes of all
-unmasked loads and stores; of large grids a sample of programs runs, spread evenly, and is scaled up.
+unmasked loads and stores; of large grids a sample of programs runs, spread evenly, scaled up.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can be said of the Triton kernels without a GPU: `python bench/kernel_report.py [--json PATH]`.
+"""What can be said of the kernels without a GPU: `python bench/kernel_report.py [--json PATH]`.
 
 For every kernel at the shapes of the recipes, for sm_80, sm_90, sm_100 and gfx942 and each dtype,
 compiled ahead of time exactly as it would be launched: registers, spills, shared memory, occupancy,
@@ -92,7 +92,7 @@ def traffic_rows(quick: bool) -> list[dict[str, Any]]:
 
 
 def estimate(part: Any, ratio: float, dtype: str) -> float:
-    """Seconds on an H100 by its peaks. Of products, whose tiles reload from cache, the fewest bytes."""
+    """Seconds on an H100 by its peaks; of products, whose tiles reload from cache, fewest bytes."""
     has_floor = part.floor is not None
     moved = part.fewest * (ratio if has_floor else 1.0)
     return max(moved / BANDWIDTH, part.flops / (VECTOR_PEAK if has_floor else PEAK[dtype]))

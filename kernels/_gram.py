@@ -24,7 +24,7 @@ def load_centred(
     z_ptr, mean_ptr, offs_b, offs_d, batch, dim, stride_z_b, stride_z_d,
     CENTRE: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of z, minus its columns' means; offs_b and offs_d come shaped for the axis they are."""
+    """A tile of z, minus its columns' means; offs_b and offs_d come shaped for their axes."""
     mask = (offs_b < batch) & (offs_d < dim)
     z_tile_ptr = z_ptr + offs_b.to(tl.int64) * stride_z_b + offs_d.to(tl.int64) * stride_z_d
     z = tl.load(z_tile_ptr, mask=mask, other=0.0)

@@ -28,7 +28,7 @@ def _filter(x, BICUBIC: tl.constexpr):
 
 @triton.jit
 def _axis_scale(size, out_size, BICUBIC: tl.constexpr):
-    """(source pixels per output pixel, filter support, inverse of the filter's stretch) in float64."""
+    """(source pixels per output pixel, filter support, 1 / the filter's stretch) in float64."""
     scale = size.to(tl.float64) / out_size.to(tl.float64)
     stretch = tl.maximum(scale, 1.0)
     support = stretch * 2.0 if BICUBIC else stretch * 1.0
@@ -37,7 +37,7 @@ def _axis_scale(size, out_size, BICUBIC: tl.constexpr):
 
 @triton.jit
 def _axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
-    """Of the output pixels offs: first and end of their windows, 1 / sum and largest of the weights."""
+    """Of the output pixels offs: first and end of the window, 1 / sum and largest of weights."""
     scale, support, inverse = _axis_scale(size, out_size, BICUBIC)
     center = scale * (offs.to(tl.float64) + 0.5)
     first = tl.maximum((center - support + 0.5).to(tl.int32), 0)
@@ -63,7 +63,7 @@ def axis_windows(size, out_size, offs, BICUBIC: tl.constexpr):
 
 @triton.jit
 def axis_precision(size, out_size, offs, BICUBIC: tl.constexpr):
-    """The most bits with which the largest weight of an axis, whose pixels are offs, fits an int16."""
+    """The most bits with which the largest weight of an axis (all its offs) fits an int16."""
     windows = _axis_windows(size, out_size, offs, BICUBIC)
     share = (windows[3] * windows[2]).to(tl.float32)
     largest = tl.max(tl.where(offs < out_size, share, 0.0))
@@ -179,8 +179,10 @@ def _blend(x, other, factor):
 
 @triton.jit
 def _divide(x, y):
-    """x / y, rounded once, for plain numbers: the hardware's rounded division calls a subroutine for
-    the others, around which registers spill."""
+    """x / y, rounded once, for plain numbers.
+
+    (The hardware's rounded division calls a subroutine for all others: registers spill around it.)
+    """
     inverse = 1.0 / y
     quotient = x * inverse
     return tl.fma(tl.fma(-quotient, y, x), inverse, quotient)
@@ -225,7 +227,7 @@ def _shift_hue(r8, g8, b8, shift):
 
 @triton.jit
 def _stage(order, step):
-    """Which of brightness, contrast, saturation, hue comes at `step` of a lexicographic permutation."""
+    """Which of brightness, contrast, saturation, hue comes at `step` of permutation `order`."""
     first = order // 6
     second = order % 6 // 2
     second += tl.where(second >= first, 1, 0)
@@ -330,7 +332,7 @@ def _half(x, part):
 
 @triton.jit
 def _blur_plane(x, down, across, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """down x across, float32 products as sums of float16 ones: of bytes, of values in two halves."""
+    """down x across: float32 products as sums of float16 ones, of bytes or of two halves."""
     pixels = x.to(tl.float16)
     rows = tl.zeros((TILE_H, TILE_W), tl.float32)
     for part in range(2):

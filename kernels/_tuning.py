@@ -21,7 +21,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Strip:
-    """Tile of a pass over a matrix: `rows` x `cols` elements at a time, `repeat` times downwards."""
+    """Tile of a pass over a matrix: `rows` x `cols` elements at a time, `repeat` times down."""
 
     rows: int
     cols: int
@@ -65,7 +65,7 @@ def gram_split(tiles: int, depth: int, tile: Tile, programs: int) -> int:
 
 
 def grad_tile(is_float32: bool) -> Tile:
-    """Tile of a gradient, Gram times z; float32 in three TF32 products has registers for 64 x 64."""
+    """Tile of a gradient, Gram times z; three TF32 products leave registers for 64 x 64."""
     if is_float32:
         return Tile(64, 64, depth=32, num_warps=4, num_stages=3)
     return Tile(64, 128, depth=64, num_warps=8, num_stages=3)

@@ -3,16 +3,17 @@
 
     y[p, b] = relu?(W . vec((patch(b, top, left) / 255 - mean) / std) + bias)
 
-images uint8 [B, H, W, C], W [M, C, h, w], positions [P, 2] or [P, B, 2] -> y [P, B, M] in W's dtype.
+images uint8 [B, H, W, C], W [M, C, h, w], positions [P, 2] or [P, B, 2] -> y [P, B, M], W's dtype.
 
 A product [P B, h w C] x [h w C, M] whose left side is gathered from the images as it is multiplied:
 no patch exists in memory. Normalisation is folded into the weights, around 128 so that little
 cancels:
 
-    y = sum_k (pixel_k - 128) V_k + v,   V = W / (255 std),   v = bias + sum_k W_k (128/255 - mean) / std
+    y = sum_k (pixel_k - 128) V_k + v
+    V = W / (255 std),  v = bias + sum_k W_k (128/255 - mean) / std
 
-pixel - 128 is exact in every float type, bfloat16 included. V is laid out [h w C, M], the order of the
-pixels in memory. Sums are float32.
+pixel - 128 is exact in every float type, bfloat16 included. V is laid out [h w C, M], the order of
+the pixels in memory. Sums are float32.
 Backward: dV = (pixels - 128)^T dy in parts of the patches, added in order, and dbias from the same
 read of dy; dW = (dV + dbias (128 - 255 mean)) / (255 std). The ReLU's mask is the sign of y.
 Saved: images, positions, y if there is a ReLU (it is the result), nothing else of its size.
@@ -331,7 +332,7 @@ class PatchEmbedFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         images, positions, out = ctx.saved_tensors
         dout = dout.contiguous()
         dfolded, doffset = _bwd_op(

@@ -4,20 +4,22 @@
     crop + antialiased resize, flip, colour jitter, grayscale, Gaussian blur, solarize, normalise
 
 images uint8, any sizes (one byte buffer with offset, height and width per image), params float32
-[P, B, 16] (a row per patch) -> [P, B, 3, h, w] in channels-last memory, float32, bfloat16, float16 or
-uint8 (not normalised). Pixels are torchvision's on uint8 tensors, rounded after every stage as there.
+[P, B, 16] (a row per patch) -> [P, B, 3, h, w] in channels-last memory, float32, bfloat16, float16
+or uint8 (not normalised). Pixels are torchvision's on uint8 tensors, rounded after every stage.
 
-A resize is two products with banded weight matrices, one per axis, made where they are used from the
-crop's size in float64 as torch's fixed-point weights. Pixels are exact in float16 and so are the
-weights' two bytes: the products run on tensor cores and add up to the exact integers. Each pixel of
-the crop is loaded once. A blur is two products with Gaussian bands, reflection folded in.
+A resize is two products with banded weight matrices, one per axis, made where they are used from
+the crop's size, in float64, as torch's fixed-point weights. Pixels are exact in float16 and so are
+the weights' two bytes: the products run on tensor cores and add up to the exact integers. Each
+pixel of the crop is loaded once. A blur is two products with Gaussian bands, reflection folded in.
 
-Patches up to 64 x 64: one program per patch, which keeps it in registers from the crop to the store.
-Bytes: the crop and the result, once each; nothing else is written.
-Larger patches: tiles of 32 x 64, a program for all tiles of its patches in turn. Only patches with a
-blur or a contrast (whose mean needs all pixels first) leave the resized patch as uint8 in a scratch
-of the program, which stays in the cache. Tiles share a margin of the crop, two to four source pixels.
-Integers all the way: the result does not depend on tiles, batch or device, but for ties of the blur.
+Patches up to 64 x 64: one program per patch, which keeps it in registers from the crop to the
+store. Bytes: the crop and the result, once each; nothing else is written.
+Larger patches: tiles of 32 x 64, a program for all tiles of its patches in turn. Only patches with
+a blur or a contrast (whose mean needs all pixels first) leave the resized patch as uint8 in a
+scratch of the program, which stays in the cache. Tiles share a margin of two to four source pixels.
+Integers all the way: the result depends on neither tiles, batch nor device, but for ties of the
+blur. Arithmetic: per crop pixel and output column 8 multiply-adds of a tensor core, and as many
+per output row; bound by memory or by the weights' float64, hence slower where that is rare.
 """
 
 from collections.abc import Sequence
@@ -45,7 +47,7 @@ NUM_PARAMS = 16
 
 
 class RaggedImages(NamedTuple):
-    """A batch of RGB images of any sizes on one device: image b is bytes[offsets[b]:] as [h, w, 3]."""
+    """RGB images of any sizes on one device: image b is bytes[offsets[b]:] as [h, w, 3]."""
 
     bytes: torch.Tensor  # [total] uint8
     offsets: torch.Tensor  # [B] int64
@@ -353,7 +355,7 @@ def ragged(images: torch.Tensor | Sequence[torch.Tensor]) -> RaggedImages:
 def _check_params(
     params: torch.Tensor, images: RaggedImages, pad: int, size: Sequence[int]
 ) -> None:
-    """Checks every row of a table that lies on the host; on a GPU that would wait for the device."""
+    """Checks every row of a table on the host; on a GPU that would wait for the device."""
     op = "patch_views"
     box = params[..., :4]
     heights, widths = images.heights.cpu(), images.widths.cpu()

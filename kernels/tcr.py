@@ -156,7 +156,7 @@ class TCRFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _bwd_op(*ctx.saved_tensors, dout, ctx.eps), None
 
 

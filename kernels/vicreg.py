@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """vicreg: invariance, variance and covariance of P slots (Bardes et al., arXiv 2105.04906).
 
-    invariance = 2 / (P - 1) sum_p mean_{b,d} (z_p - z_mean)^2      (the mean over pairs of their mse)
+    invariance = 2 / (P - 1) sum_p mean_{b,d} (z_p - z_mean)^2    (the mean over pairs of their mse)
     variance   = mean_{p,d} relu(gamma - sqrt(Var_b(z) + eps))
     covariance = 2 mean_p sum_{i != j} C_ij^2 / D,   C = Zc^T Zc / (B - 1),  Zc = z_p minus its mean
 
@@ -18,8 +18,8 @@ in its epilogue:
 
 Launches, each for all slots: statistics and invariance (one read of z), their merge, Gram, sum of
 the terms; backward one. Saved: z, mean and variance [P, D], z_mean [B, D] and, where B <= D, the
-B x B Gram. The D x D Gram of D < B is computed again in backward. Products take z's dtype as operands
-and sum in float32; float32 goes through three TF32 products.
+B x B Gram. The D x D Gram of D < B is computed again in backward. Products take operands in z's
+dtype and sum in float32; float32 goes through three TF32 products.
 FLOPs: R B D P forward (half a product, thanks to symmetry), 2 R B D P backward.
 """
 
@@ -401,7 +401,7 @@ class VICRegFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dterms: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dterms: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return _bwd_op(*ctx.saved_tensors, dterms, *ctx.scalars), None, None
 
 

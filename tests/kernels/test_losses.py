@@ -15,7 +15,7 @@ from bagssl_fast.reference.vicreg import vicreg as vicreg_ref
 DTYPES = [torch.float32, torch.float16]
 # Operands of a half-precision product carry 11 bits: what comes of it is that far from the truth.
 HALF = {"element": 2e-3, "vector": 1e-3}  # of the largest element; relative L2
-# What amplifies the float32 rounding of the Gram: its largest over its smallest eigenvalue (1 + ...).
+# What amplifies the float32 rounding of the Gram: its largest eigenvalue over its smallest.
 TCR_SLACK = 30
 OPS: dict[str, tuple[Callable, Callable]] = {
     "vicreg": (vicreg.vicreg, vicreg_ref),

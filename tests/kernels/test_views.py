@@ -25,7 +25,8 @@ def photos(sizes: list[tuple[int, int]]) -> list[Tensor]:
 
 def table(num_slots: int, sizes: list[tuple[int, int]], **columns: float) -> Tensor:
     """Whole images without augmentation, but for the named columns."""
-    names = "top left height width flip brightness contrast saturation hue order grayscale blur solarize"
+    names = "top left height width flip brightness contrast saturation hue order grayscale"
+    names += " blur solarize"
     params = torch.zeros(num_slots, len(sizes), 16)
     params[..., 2:4] = torch.tensor(sizes, dtype=torch.float32)
     params[..., 5:8] = 1.0
