@@ -43,7 +43,8 @@ class NinjaBuildExt(build_ext):
         output = os.path.abspath(self.get_ext_fullpath(ext.name))
         os.makedirs(os.path.dirname(output), exist_ok=True)
 
-        cflags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+        cflags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
+        cflags += ["-Wall", "-Wextra"]
         # Contracting a*b+c would make the last bit of a pixel depend on the machine.
         cflags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
         ldflags = ["-shared", "-pthread"]
@@ -101,7 +102,7 @@ def jpeg_is_usable(cxx: str) -> bool:
             file.write(JPEG_PROBE)
         command = [cxx, source, "-ljpeg", "-o", os.path.join(folder, "probe")]
         found = subprocess.run(command, capture_output=True).returncode == 0
-    print(f"libjpeg-turbo {'found' if found else 'not found'}: native JPEG {'on' if found else 'off'}")
+    print(f"libjpeg-turbo {'found: JPEG is decoded natively' if found else 'not found'}")
     return found
 
 
