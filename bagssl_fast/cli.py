@@ -58,7 +58,7 @@ def make_parser(prog: str = "python -m bagssl_fast.train") -> ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> Config:
-    """Reads a command line: defaults < `--config` < flags; no argument at all runs the demo.
+    """Reads a command line: defaults < `--config` < flags; no `--config`, no `--data`: the demo.
 
     Args:
         argv: The arguments after the program's name. `--test-data` and `--test_data` are one.
@@ -67,7 +67,9 @@ def parse(argv: Sequence[str]) -> Config:
         SystemExit: 2 for what is wrong, with one line that says so; 0 for --help and
             --print_config.
     """
-    arguments = [_normalise(argument) for argument in (argv or ["--config", "demo"])]
+    arguments = [_normalise(argument) for argument in argv]
+    if not any(a.split("=")[0] in ("--config", "--data") for a in arguments):
+        arguments = ["--config", "demo", *arguments]
     recipe = ""
     for i, argument in enumerate(arguments):
         if argument == "--config" and i + 1 < len(arguments):

@@ -2,8 +2,8 @@
 
 Trains PatchNet on dense bags for 200 steps twice for each loss, once with the reference of every op
 and once with the implementation of this device, from the same weights on the same bags, and plots
-both loss curves. Rounding differs, and training amplifies it: the curves must agree to a per mille at
-the start and to a per cent of the loss's range throughout, or the exit code is 1.
+both loss curves. Rounding differs, and training amplifies it: the curves must agree to a per mille
+of the loss's range at the start and to a per cent throughout, or the exit code is 1.
 """
 
 from __future__ import annotations

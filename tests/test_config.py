@@ -46,8 +46,14 @@ class TestParse:
         assert cli.parse([flag, "a-b_c.tar"]).test_data == "a-b_c.tar"
         assert cli.parse([f"{flag}=a-b_c.tar"]).test_data == "a-b_c.tar"
 
+    def test_flags_alone_are_the_demo(self):
+        config = cli.parse(["--run_dir", "x"])
+        assert config.name == "demo" and config.run_dir == "x" and config.eval.enabled
+        assert cli.parse(["--data", "x"]).name != "demo"
+
     def test_options_of_parts(self):
-        config = cli.parse(["--loss.options.sim_coeff", "3", "--encoder.options.depth", "[1, 2]"])
+        flags = "--data x --loss.options.sim_coeff 3 --encoder.options.depth [1,2]"
+        config = cli.parse(flags.split(" "))
         assert config.loss.options == {"sim_coeff": 3}
         assert config.encoder.options == {"depth": [1, 2]}
 
