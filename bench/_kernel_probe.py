@@ -66,7 +66,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def compile_case(case: Case, target: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     """One row per distinct kernel of the case."""
-    from bagssl_fast.kernels import _gram, patch_embed, tcr, vicreg
+    from bagssl_fast.kernels import _common
     from triton.runtime.jit import JITFunction
 
     gpu = TARGETS[target].gpu
@@ -79,19 +79,14 @@ def compile_case(case: Case, target: str, dtype: torch.dtype) -> list[dict[str, 
         compiled.setdefault(kernel.hash, (self.fn.__name__, grid, kernel))
         return kernel
 
-    modules = (_gram, patch_embed, tcr, vicreg)
-    precisions = [module.dot_precision for module in modules]
     triton.runtime.driver.set_active(_Driver(gpu))
     JITFunction.run = run
-    if gpu.backend == "hip":
-        for module in modules:
-            module.dot_precision = lambda dtype: "ieee"
+    _common.IS_HIP = gpu.backend == "hip"
     try:
         case.launch(meta, dtype)
     finally:
         JITFunction.run = original
-        for module, precision in zip(modules, precisions, strict=True):
-            module.dot_precision = precision
+        _common.IS_HIP = bool(torch.version.hip)
     name = str(dtype).removeprefix("torch.")
     return [
         {"op": case.op, "case": case.label, "kernel": kernel_name, "target": target, "dtype": name,

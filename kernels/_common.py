@@ -17,6 +17,8 @@ import triton
 # Read when triton is imported: with TRITON_INTERPRET=1 kernels run in Python on CPU tensors.
 INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 
+IS_HIP: bool = bool(torch.version.hip)
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _INTERPRETER_SMS = 2  # enough to make the split paths run, few enough to stay quick
@@ -43,7 +45,19 @@ def dot_precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "tf32"
-    return "ieee" if torch.version.hip else "tf32x3"
+    return "ieee" if IS_HIP else "tf32x3"
+
+
+def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, int]:
+    """Options of a launch.
+
+    On NVIDIA with the registers that so many threads can have, said aloud: left to itself the
+    compiler for sm_100 spills a few to reach a rounder number of blocks per processor.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if not IS_HIP:
+        options["maxnreg"] = min(65536 // (32 * num_warps), 255)
+    return options
 
 
 def refuse(op: str, came: str, supported: str) -> ValueError:

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import dot_precision, sm_count
+from ._common import dot_precision, launch_options, sm_count
 from ._tuning import gram_split, gram_tile
 
 
@@ -266,8 +266,7 @@ def gram_fwd(
         TYPE=triton_type(z.dtype),
         PRECISION=dot_precision(z.dtype),
         BLOCK_K=tile.depth,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **launch_options(tile.num_warps, tile.num_stages),
         **finish,
     )
     if splits > 1:
@@ -277,7 +276,7 @@ def gram_fwd(
             norm_partial_ptr=norm,
             size=size,
             splits=splits,
-            num_warps=tile.num_warps,
+            **launch_options(tile.num_warps),
             **finish,
         )
     return gram, norm

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import check_rank, check_tensors, device_guard, refuse
+from ._common import check_rank, check_tensors, device_guard, launch_options, refuse
 from ._tuning import next_power_of_2, row_warps
 
 MAX_DIMS = 16384  # one row of this width still fits the registers of 16 warps
@@ -201,7 +201,7 @@ def bag_pool_fwd(
             HAS_COSINE=cosine,
             STORE_DIRECTION=direction.numel() > 0,
             BLOCK_D=block_d,
-            num_warps=row_warps(block_d),
+            **launch_options(row_warps(block_d)),
         )
     return outs
 
@@ -258,7 +258,7 @@ def bag_pool_bwd(
             HAS_DEVIATION=deviation,
             HAS_COSINE=cosine,
             BLOCK_D=block_d,
-            num_warps=row_warps(block_d),
+            **launch_options(row_warps(block_d)),
         )
     return dx
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
-from ._common import check_rank, check_tensors, device_guard, refuse, sm_count
+from ._common import check_rank, check_tensors, device_guard, launch_options, refuse, sm_count
 from ._tuning import Strip, column_strip, row_strip
 
 MERGE_COLS = 64  # columns per program that merges statistics
@@ -243,7 +243,7 @@ def batch_stats_fwd(y: torch.Tensor) -> torch.Tensor:
             stride_y_n=y.stride(0),
             BLOCK_N=strip.rows,
             BLOCK_M=strip.cols,
-            num_warps=strip.num_warps,
+            **launch_options(strip.num_warps),
         )
     return merge_stats(parts)
 
@@ -259,7 +259,7 @@ def merge_stats(parts: torch.Tensor) -> torch.Tensor:
             num_parts=parts.shape[0],
             cols=cols,
             BLOCK_M=MERGE_COLS,
-            num_warps=2,
+            **launch_options(2),
         )
     return stats
 
@@ -284,7 +284,7 @@ def _arguments(
         "RELU": relu,
         "BLOCK_N": strip.rows,
         "BLOCK_M": strip.cols,
-        "num_warps": strip.num_warps,
+        **launch_options(strip.num_warps),
     }
 
 

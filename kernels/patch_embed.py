@@ -33,6 +33,7 @@ from ._common import (
     check_tensors,
     device_guard,
     dot_precision,
+    launch_options,
     refuse,
     sm_count,
 )
@@ -243,8 +244,7 @@ def patch_embed_fwd(
             BLOCK_N=tile.rows,
             BLOCK_M=tile.cols,
             BLOCK_K=tile.depth,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **launch_options(tile.num_warps, tile.num_stages),
         )
     return out
 
@@ -286,8 +286,7 @@ def patch_embed_bwd(
             BLOCK_M=tile.rows,
             BLOCK_K=tile.cols,
             BLOCK_N=tile.depth,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **launch_options(tile.num_warps, tile.num_stages),
         )
     return dweight.sum(dim=0), dbias.sum(dim=0)
 

@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import check_rank, check_tensors, device_guard, refuse, sm_count
+from ._common import check_rank, check_tensors, device_guard, launch_options, refuse, sm_count
 from ._patch_ops import (
     axis_precision,
     axis_windows,
@@ -293,7 +293,7 @@ def patch_views_fwd(
         "TILE_W": tiles.width,
         "BLOCK_Y": tiles.block_y,
         "BLOCK_X": tiles.block_x,
-        "num_warps": tiles.num_warps,
+        **launch_options(tiles.num_warps),
         # A contracted a * b + c would truncate to another integer here and there.
         "enable_fp_fusion": False,
     }

@@ -26,6 +26,7 @@ from ._common import (
     device_guard,
     dot_precision,
     gather_rows,
+    launch_options,
     refuse,
 )
 from ._gram import gram_fwd, gram_times, on_batch, triton_type
@@ -121,8 +122,7 @@ def tcr_bwd(z: torch.Tensor, inverse: torch.Tensor, dout: torch.Tensor, eps: flo
             BLOCK_B=tile.rows,
             BLOCK_D=tile.cols,
             BLOCK_K=tile.depth,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **launch_options(tile.num_warps, tile.num_stages),
         )
     return dz
 

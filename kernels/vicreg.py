@@ -35,6 +35,7 @@ from ._common import (
     device_guard,
     dot_precision,
     gather_rows,
+    launch_options,
     refuse,
     sm_count,
 )
@@ -269,7 +270,7 @@ def vicreg_fwd(
             STORE_Z_MEAN=save,
             BLOCK_B=strip.rows,
             BLOCK_D=strip.cols,
-            num_warps=strip.num_warps,
+            **launch_options(strip.num_warps),
         )
         _stats_merge_kernel[(blocks, num_slots)](
             mean_partial_ptr=partial[0],
@@ -285,7 +286,7 @@ def vicreg_fwd(
             eps=eps,
             STRIP_ROWS=strip.rows,
             BLOCK_D=MERGE_COLS,
-            num_warps=2,
+            **launch_options(2),
         )
         gram, norm = gram_fwd(
             z,
@@ -308,7 +309,7 @@ def vicreg_fwd(
             norm_scale=2.0 / (num_slots * dim),
             ON_BATCH=on_batch(z),
             BLOCK=1024,
-            num_warps=4,
+            **launch_options(4),
         )
     return terms, mean, var, z_mean, gram
 
@@ -373,8 +374,7 @@ def vicreg_bwd(
             BLOCK_B=tile.rows,
             BLOCK_D=tile.cols,
             BLOCK_K=tile.depth,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **launch_options(tile.num_warps, tile.num_stages),
         )
     return dz
 
