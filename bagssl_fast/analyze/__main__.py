@@ -1,0 +1,162 @@
+"""Test the paper's claims on your images: `python -m bagssl_fast.analyze --data PATH --out DIR`.
+
+Trains what the chosen claims need, measures, and writes report.html, one PNG per figure and
+results.json into the output directory. The same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__" and "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
+
+from bagssl_fast import cli, env
+from bagssl_fast.analyze import html
+from bagssl_fast.analyze.models import Context, Stopped, prepare_threads
+from bagssl_fast.analyze.study import Result, Study
+from bagssl_fast.checkpoint import write_atomic
+from bagssl_fast.config import Config
+from bagssl_fast.metrics import say
+from bagssl_fast.train import Diverged
+
+# One module per claim; each has a STUDY.
+MODULES = ("patches", "aggregation", "mean", "locality", "cooccurrence", "epochs")
+
+
+def studies(claims: Sequence[int]) -> list[Study]:
+    """The studies of the chosen claims, in order.
+
+    Raises:
+        ValueError: For a claim that there is not.
+    """
+    unknown = sorted(set(claims) - set(range(1, len(MODULES) + 1)))
+    if unknown:
+        raise ValueError(f"--claims {unknown}: there are claims 1 to {len(MODULES)}")
+    names = [f"bagssl_fast.analyze.{MODULES[claim - 1]}" for claim in sorted(set(claims))]
+    found: list[Study] = [importlib.import_module(name).STUDY for name in names]
+    return found
+
+
+def examine(study: Study, context: Context) -> Result:
+    """The kept result of a study, or a new one, which is then kept.
+
+    A kept one counts only if recipe, seeds and images are the same. What an interrupted study has
+    cost so far is kept too.
+    """
+    path = study.result_path(context.out)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = context.settings()
+    if kept.get("settings") != settings:
+        kept = {"settings": settings, "seconds": 0.0}
+    if "result" in kept:
+        say(f"claim {study.claim}: kept result, {path}")
+        return Result.from_json(kept["result"])
+    say(f"claim {study.claim}: {study.title}")
+    started = time.monotonic()
+    try:
+        result = study.run(context)
+    finally:
+        kept["seconds"] = round(kept["seconds"] + time.monotonic() - started, 1)
+        write_atomic(path, (json.dumps(kept) + "\n").encode())
+    result = replace(result, seconds=kept["seconds"])
+    text = json.dumps(kept | {"result": result.to_json()}, indent=1) + "\n"
+    write_atomic(path, text.encode())
+    say(f"claim {study.claim}: {result.verdict}, {result.seconds} s")
+    return result
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the analysis's command line."""
+    parser = argparse.ArgumentParser("python -m bagssl_fast.analyze", description=__doc__)
+    parser.add_argument("--data", help="training images, as for train (default: the built-in demo)")
+    parser.add_argument("--test-data", help="test images (default: found by the name of the data)")
+    parser.add_argument("--out", type=Path, default=Path("analysis"), help="output directory")
+    parser.add_argument("--claims", default="1,2,3,4,5,6", help="which claims, e.g. 1,3")
+    parser.add_argument("--quick", action="store_true", help="a look in minutes, no measurement")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings per setting")
+    parser.add_argument("--config", default="analysis", help="recipe of the models")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
+    return parser
+
+
+def make_context(options: argparse.Namespace) -> Context:
+    """The context that a command line asks for.
+
+    Raises:
+        ValueError: For a number of seeds below one.
+    """
+    if options.seeds < 1:
+        raise ValueError(f"--seeds {options.seeds}: at least one training per setting is wanted")
+    base: Config = cli.load(cli.find_recipe(options.config))
+    base = replace(
+        base,
+        data=options.data or "demo",
+        test_data=options.test_data,
+        device=options.device,
+        threads=options.threads,
+    )
+    seeds = range(1 if options.quick else options.seeds)
+    return Context(base, options.out, tuple(seeds), options.quick)
+
+
+def write(context: Context, results: Sequence[Result]) -> None:
+    """Writes results.json, tables.md and report.html."""
+    about = {
+        "data": Path(context.base.data).name,
+        "seeds": len(context.seeds),
+        "quick": context.quick,
+        "seconds": round(sum(result.seconds for result in results), 1),
+        "machine": env.report(),
+    }
+    content = {"about": about, "results": [result.to_json() for result in results]}
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomic(context.out / "results.json", text.encode())
+    write_atomic(context.out / "tables.md", tables(results).encode())
+    write_atomic(context.out / "report.html", html.page(context.out, results, about).encode())
+    say(f"written  {context.out / 'report.html'}")
+
+
+def tables(results: Sequence[Result]) -> str:
+    """Verdicts, texts and tables as Markdown."""
+    parts = []
+    for result in results:
+        parts.append(f"## {result.claim}. {result.title}\n\nVerdict: **{result.verdict}**\n")
+        parts.append(result.text + "\n")
+        for figure in result.figures:
+            parts.append(f"![{figure.title}]({figure.path})\n\n{figure.caption}\n")
+        parts += [table.markdown() for table in result.tables]
+    return "\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Returns 0, also when asked to stop, 1 if a training diverged, 2 wrong usage."""
+    options = make_parser().parse_args(argv)
+    try:
+        chosen = studies([int(claim) for claim in options.claims.split(",")])
+        context = make_context(options)
+        options.out.mkdir(parents=True, exist_ok=True)
+        prepare_threads(context.base)
+        write(context, [examine(study, context) for study in chosen])
+    except (Stopped, KeyboardInterrupt) as stop:
+        say(f"{stop or 'interrupted'}: the same command goes on")
+    except Diverged as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

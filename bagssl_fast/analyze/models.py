@@ -1,0 +1,179 @@
+"""Train a model or take the finished one; what a study may ask for (`Context`).
+
+A model's folder is named by a hash of all that decides its weights: the trainer's identity of its
+configuration and the fingerprint of its images. An interrupted training goes on from its own
+checkpoint, a finished one is used again, by every study and by later analyses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagssl_fast import checkpoint, cli, env, ranks
+from bagssl_fast.config import Config, resolve
+from bagssl_fast.data import open_source
+from bagssl_fast.evaluate import Data, load_model, open_data, random_network
+from bagssl_fast.metrics import say
+from bagssl_fast.model import BagModel
+from bagssl_fast.run import prepare
+from bagssl_fast.train import Diverged, train
+
+DONE = "done.json"
+# What each loss wants of the projector's output and of its own coefficients.
+LOSS_OPTIONS: dict[str, dict[str, Any]] = {}
+NORMALIZED = {"emp_ssl", "spectral"}
+
+
+class Stopped(RuntimeError):
+    """A signal asked a training to stop; its state is on disk."""
+
+
+@dataclass
+class Context:
+    """What a study may use: the data, the output directory, and models made to order.
+
+    Args:
+        base: The recipe that every model is derived from; its `data`, `device` and `threads` hold.
+        out: The output directory.
+        seeds: Seeds of the trainings, at least one.
+        quick: Whether a look is wanted rather than a measurement.
+    """
+
+    base: Config
+    out: Path
+    seeds: tuple[int, ...] = (0,)
+    quick: bool = False
+    _data: Data | None = field(default=None, repr=False)
+    _fingerprint: str = field(default="", repr=False)
+
+    def config(
+        self,
+        *,
+        seed: int = 0,
+        side: float | None = None,
+        loss: str | None = None,
+        **changes: Any,
+    ) -> Config:
+        """The recipe with another crop, loss or seed.
+
+        Args:
+            seed: Of the weights and of the bags.
+            side: Side of the square fixed-scale patch as a fraction of the image's; 0 for
+                multi-scale crops (0.08 to 1 of the area, the usual ratios); None leaves the recipe.
+            loss: Name of the loss; None leaves the recipe's.
+            changes: Further fields of `Config`, such as `epochs=1` or `bag=BagConfig(...)`.
+        """
+        config = replace(self.base, seed=seed, **changes)
+        if side is not None:
+            scale, ratio = ((0.08, 1.0), (0.75, 4 / 3)) if side == 0 else ((side**2,) * 2, (1, 1))
+            augment = replace(config.augment, scale=scale, ratio=(float(ratio[0]), float(ratio[1])))
+            bag = replace(config.bag, image_size=0)
+            config = replace(config, augment=augment, augment_odd=None, bag=bag)
+        if loss is not None and loss != config.loss.name:
+            options = LOSS_OPTIONS.get(loss, {})
+            head = config.head.options | {"normalize": loss in NORMALIZED}
+            config = replace(
+                config,
+                loss=replace(config.loss, name=loss, options=dict(options)),
+                head=replace(config.head, options=head),
+            )
+        return resolve(config)
+
+    def settings(self) -> dict[str, Any]:
+        """All that a study's result depends on beside the code."""
+        return {
+            "recipe": cli.identity(self.base),
+            "eval": json.loads(json.dumps(asdict(self.base.eval))),
+            "images": self.fingerprint,
+            "seeds": list(self.seeds),
+            "quick": self.quick,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training images."""
+        if not self._fingerprint:
+            self._fingerprint = str(open_source(self.base.data).fingerprint)
+        return self._fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        """Where models run."""
+        return ranks.pick_device(self.base.device)
+
+    @property
+    def images(self) -> Data:
+        """Labelled images for the measurements: a training subset and a test set."""
+        if self._data is None:
+            self._data = open_data(self.base)
+        return self._data
+
+    def run_dir(self, config: Config) -> Path:
+        """The folder of a model."""
+        identity = cli.identity(config) | {"data": self.fingerprint}
+        text = json.dumps(identity, sort_keys=True, default=str)
+        key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return self.out / "models" / f"{config.loss.name}-{key}"
+
+    def train(self, config: Config, label: str = "") -> Path:
+        """Trains a model, goes on with it or finds it finished.
+
+        Args:
+            config: From `Context.config`.
+            label: How to call it on the terminal.
+
+        Returns:
+            Its run directory, which holds model.safetensors.
+
+        Raises:
+            Stopped: If a signal came; calling again goes on.
+            Diverged: If the loss is not finite.
+        """
+        folder = self.run_dir(config)
+        if (folder / DONE).is_file():
+            return folder
+        config = replace(config, run_dir=str(folder), resume="auto", keep_checkpoints=1)
+        started = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        log = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115
+        with log, contextlib.redirect_stdout(log):
+            run = prepare(config, ranks.Ranks(device=self.device))
+            try:
+                finished = train(run)
+            except Diverged as error:
+                raise Diverged(f"{label or folder.name}: {error}") from error
+            finally:
+                run.loader.close()
+        if not finished:
+            raise Stopped(f"stopped in the training of {label or folder.name}")
+        seconds = round(time.monotonic() - started, 1)
+        text = json.dumps({"seconds": seconds, "steps": run.step}) + "\n"
+        checkpoint.write_atomic(folder / DONE, text.encode())
+        for path in (folder / checkpoint.FOLDER).glob("*.pt"):
+            path.unlink()  # the exported weights are all that is read from now on
+        say(f"  trained {label or folder.name}: {run.step} steps, {seconds} s")
+        return folder
+
+    def model(self, config: Config, label: str = "") -> BagModel:
+        """The trained model of a configuration, in eval mode, on the device."""
+        model, _ = load_model(self.train(config, label), config)
+        return model.to(self.device).eval()
+
+    def random_model(self, config: Config) -> BagModel:
+        """The same network at its random initialisation, its batch-norm statistics calibrated."""
+        with contextlib.redirect_stdout(sys.stderr):
+            return random_network(config, self.images.train, self.device)
+
+
+def prepare_threads(config: Config) -> None:
+    """Sets torch's threads as the configuration wants them."""
+    torch.set_num_threads(config.threads or env.cores())

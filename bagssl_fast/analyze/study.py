@@ -1,0 +1,117 @@
+"""The words of the analysis: a Study tests one claim in a Context and gives a Result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from bagssl_fast.analyze.models import Context
+
+Verdict = Literal["holds", "does not hold", "undecided"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report.
+
+    Args:
+        title: One line above it.
+        columns: Its head.
+        rows: Cells as they are shown; numbers already rounded.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str | int | float]]
+
+    def markdown(self) -> str:
+        """The table as Markdown, with its title as a bold line above."""
+        lines: list[Sequence[str | int | float]] = [self.columns, ["---"] * len(self.columns)]
+        lines += self.rows
+        body = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+        return f"**{self.title}**\n\n{body}\n"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of the report.
+
+    Args:
+        title: One line above it.
+        path: Name of the PNG inside the output directory.
+        caption: What is drawn: axes, lines, bands.
+    """
+
+    title: str
+    path: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What testing a claim gave; everything in it goes through JSON unchanged.
+
+    Args:
+        claim: Its number, 1 to 6.
+        title: The claim in one sentence.
+        verdict: Computed from the numbers.
+        text: What was done, what it shows and what it does not; paragraphs between blank lines.
+        tables: Shown in this order.
+        figures: Shown in this order, before the tables.
+        numbers: The raw numbers, for whoever wants to draw something else.
+        seconds: Wall time of the study, over all its interrupted parts.
+    """
+
+    claim: int
+    title: str
+    verdict: Verdict
+    text: str
+    tables: list[Table] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Result:
+        """The result that `to_json` gave.
+
+        Raises:
+            ValueError: If the dictionary is something else.
+        """
+        try:
+            tables = [Table(**table) for table in data["tables"]]
+            figures = [Figure(**figure) for figure in data["figures"]]
+            result = cls(**(data | {"tables": tables, "figures": figures}))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the result of a study: {error}") from error
+        if result.verdict not in get_args(Verdict):
+            raise ValueError(f"not the result of a study: verdict {result.verdict!r}")
+        return result
+
+
+@dataclass(frozen=True)
+class Study:
+    """A claim and the function that tests it.
+
+    Args:
+        name: Stem of its files, such as "patches".
+        claim: Its number.
+        title: The claim in one sentence.
+        run: Tests it.
+    """
+
+    name: str
+    claim: int
+    title: str
+    run: Callable[[Context], Result]
+
+    def result_path(self, out: Path) -> Path:
+        """Where its result is kept, so that an interrupted analysis goes on after it."""
+        return out / "results" / f"{self.claim}-{self.name}.json"

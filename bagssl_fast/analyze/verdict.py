@@ -1,0 +1,84 @@
+"""From numbers and their spread to a verdict; nothing here knows which claim it judges."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bagssl_fast.analyze.study import Verdict
+
+# Standard errors that a mean must lie from zero to count as a difference.
+SIGMAS = 2.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference between two measurements, over seeds.
+
+    Args:
+        mean: Over the seeds.
+        error: Its standard error: the seeds' spread and the finite test set together.
+        seeds: How many.
+    """
+
+    mean: float
+    error: float
+    seeds: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it is positive, beyond `SIGMAS` standard errors."""
+        if self.mean > SIGMAS * self.error:
+            return "holds"
+        return "does not hold" if self.mean < -SIGMAS * self.error else "undecided"
+
+    def points(self) -> str:
+        """As percentage points, such as "+3.1 ± 0.8"."""
+        return f"{100 * self.mean:+.1f} ± {100 * self.error:.1f}"
+
+
+def difference(first: Sequence[float], second: Sequence[float], images: int) -> Difference:
+    """Of two accuracies, seed by seed: first - second.
+
+    The error adds the spread over the seeds (none is known from one seed) to that of a test set of
+    so many images, taken as if both had been tested on images of their own, which is too large for
+    the same images and so the careful side.
+
+    Args:
+        first: Accuracies in 0..1, one per seed.
+        second: Likewise, of the same seeds.
+        images: Test images.
+
+    Raises:
+        ValueError: If the lists do not match.
+    """
+    if len(first) != len(second) or not first or images < 1:
+        raise ValueError(
+            f"difference of {len(first)} and {len(second)} seeds on {images} images: as many "
+            "seeds on both sides, and at least one seed and image are wanted"
+        )
+    gains = [a - b for a, b in zip(first, second, strict=True)]
+    seeds = statistics.variance(gains) / len(gains) if len(gains) > 1 else 0.0
+    p, q = statistics.fmean(first), statistics.fmean(second)
+    test = (p * (1 - p) + q * (1 - q)) / images
+    return Difference(statistics.fmean(gains), math.sqrt(seeds + test), len(gains))
+
+
+def all_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """Holds where all do; does not where one does not; else undecided."""
+    if "does not hold" in verdicts:
+        return "does not hold"
+    return "holds" if verdicts and set(verdicts) == {"holds"} else "undecided"
+
+
+def mean_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation over seeds (0 for one)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def percent(values: Sequence[float]) -> str:
+    """Accuracies over seeds as "61.2 ± 0.4", or "61.2" of one seed."""
+    mean, spread = mean_spread(values)
+    return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if len(values) > 1 else "")
