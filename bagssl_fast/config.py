@@ -80,6 +80,9 @@ class HeadConfig:
         hidden: Width of the hidden layers.
         out: Width of the projection.
         num_layers: Number of Linear layers (projector only).
+        momentum: For the loss byol: share of the target network, a moving average of the trained
+            one, that each step keeps (0.99 suits a thousand steps, BYOL's 0.996 longer runs); 0
+            for no target.
         options: Further keyword arguments of the head, e.g. --head.options.normalize true.
     """
 
@@ -87,6 +90,7 @@ class HeadConfig:
     hidden: int = 2048
     out: int = 2048
     num_layers: int = 3
+    momentum: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,7 +99,7 @@ class LossConfig:
     """The objective over the projections [P, B, D].
 
     Args:
-        name: vicreg, emp_ssl (total coding rate), spectral, barlow_twins or info_nce.
+        name: vicreg, emp_ssl (total coding rate), spectral, barlow_twins, info_nce or byol.
         options: Keyword arguments of the loss, e.g. --loss.options.sim_coeff 25.
     """
 
@@ -308,6 +312,12 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--augment_odd.size {c.augment_odd.size} differs from --augment.size "
             f"{c.augment.size}: all slots share one tensor, give both the same size"
+        )
+    momentum = c.head.momentum
+    if not 0.0 <= momentum < 1.0 or (c.loss.name == "byol") != (momentum > 0.0):
+        raise ValueError(
+            f"--loss.name {c.loss.name} with --head.momentum {momentum}: byol needs targets, "
+            "a momentum between 0 and 1 such as 0.99, and no other loss takes them, 0"
         )
     if not 0.0 <= c.ema < 1.0:
         raise ValueError(f"--ema {c.ema}: the decay lies in [0, 1), 0 for no average")

@@ -1,5 +1,6 @@
 """The model that is trained: a backbone, a head, and how a bag passes through them."""
 
+import copy
 from typing import cast
 
 import torch
@@ -97,6 +98,51 @@ class BagModel(nn.Module):
         return h, self.project(h)
 
 
+class MomentumModel(BagModel):
+    """A BagModel whose forward also gives targets: what BYOL (2006.07733) trains.
+
+    The target network is a moving average of backbone and head, which follows them at the start of
+    every training step; a predictor guesses the targets from the projections. Evaluation sees
+    backbone and head as of any other model.
+
+    Args:
+        backbone, head, dense, stride: as of `BagModel`.
+        momentum: share of the average that each step keeps.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: Projector | EMPHead,
+        dense: bool = False,
+        stride: int | None = None,
+        momentum: float = 0.99,
+    ) -> None:
+        super().__init__(backbone, head, dense, stride)
+        self.momentum = momentum
+        self.predictor = Projector(head.out_dim, 2 * head.out_dim, head.out_dim, num_layers=2)
+        self.target = BagModel(copy.deepcopy(backbone), copy.deepcopy(head), dense, stride)
+        self.target.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `BagModel.forward`, with z `[P', B, 2 D]`: predictions, then targets, side by side."""
+        with torch.no_grad():
+            if self.training:
+                self._follow()
+            _, target = self.target(x)
+        h, z = super().forward(x)
+        return h, torch.cat([self.predictor(z), target], dim=2)
+
+    def _follow(self) -> None:
+        pairs = (
+            (self.target.backbone.parameters(), self.backbone.parameters()),
+            (self.target.head.parameters(), self.head.parameters()),
+        )
+        for targets, online in pairs:
+            for old, new in zip(targets, online, strict=True):
+                old.lerp_(new, 1 - self.momentum)
+
+
 def build_model(config: Config, pretrained: bool | None = None) -> BagModel:
     """The model of a configuration, its weights drawn from `config.seed` alone.
 
@@ -133,4 +179,6 @@ def build_model(config: Config, pretrained: bool | None = None) -> BagModel:
     except TypeError as error:
         raise ValueError(f"--head.options {head.options}: {error}") from error
     stride = config.bag.stride if config.bag.dense else None
+    if head.momentum > 0:
+        return MomentumModel(backbone, module, config.bag.dense, stride, head.momentum)
     return BagModel(backbone, module, config.bag.dense, stride)

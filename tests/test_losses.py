@@ -191,7 +191,7 @@ def test_terms_are_detached_scalars_and_losses_float32(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_repeat_bitwise_and_leave_z_alone(name):
-    z = bag(3, 17, 11, dtype=torch.float32)
+    z = bag(3, 17, 12, dtype=torch.float32)
     before = z.clone()
     grads = []
     for _ in range(2):
@@ -213,7 +213,7 @@ def test_bags_without_pairs_are_refused(name, shape, message):
         build_loss(name)(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"emp_ssl"}))
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"emp_ssl", "byol"}))
 def test_one_image_is_refused(name):
     with pytest.raises(ValueError, match="drop_last"):
         build_loss(name)(torch.zeros(2, 1, 3))

@@ -19,6 +19,7 @@ LOSSES: dict[str, tuple[str, dict]] = {
     "spectral": ("spectral", {}),
     "barlow_twins": ("barlow_twins", {}),
     "info_nce": ("info_nce", {}),
+    "byol": ("byol", {}),
 }
 
 
