@@ -194,6 +194,7 @@ class Config:
         epochs: Passes over the training images.
         batch_size: Images per step, over all ranks together.
         max_steps: Stop after so many steps (the schedule ends there too); 0 runs all epochs.
+        max_images: Train on so many of the images, drawn by the seed; 0 takes all.
         seed: Seed of the initial weights, of the order of the images and of every bag.
         device: auto (CUDA where there is one), cpu or cuda.
         precision: auto (bf16 on CUDA, fp32 on the CPU), fp32, bf16 or fp16.
@@ -229,6 +230,7 @@ class Config:
     epochs: int = 10
     batch_size: int = 128
     max_steps: int = 0
+    max_images: int = 0
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -287,6 +289,7 @@ def check(config: Config) -> None:
     _at_least("bag.stride", c.bag.stride, 1)
     _at_least("epochs", c.epochs, 1)
     _at_least("augment.size", c.augment.size, 1)
+    _at_least("max_images", c.max_images, 0)
     _at_least("log_every", c.log_every, 1)
     _at_least("keep_checkpoints", c.keep_checkpoints, 1)
     _at_least("loader.batches_ahead", c.loader.batches_ahead, 1)

@@ -140,6 +140,37 @@ def extract(
     return features, labels if source.labels is not None else None
 
 
+@torch.inference_mode()
+def embed_patches(
+    model: BagModel,
+    config: Config,
+    source: Source,
+    plan: Plan,
+    count: int,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """The embedding of every single patch of a grid, not averaged.
+
+    Args:
+        model, config, source, plan, indices: As for `extract`; the plan's counts are not used.
+        count: Patches per image, a square; `CENTER` for the central square.
+
+    Returns:
+        h [P, N, F] in float32, positions in row-major order; P is 1 for the central square.
+    """
+    model = fold_batch_norm(model)
+    parts = []
+    if count != CENTER and is_dense(model):
+        for views, _ in _batches(config, source, plan, indices, "center", 0):
+            parts.append(_dense_bags(model, views[0], [count], plan)[count].float())
+    else:
+        kind = "center" if count == CENTER else "grid"
+        for patches, _ in _batches(config, source, plan, indices, kind, max(count, 1)):
+            h = _embed(model, patches.flatten(0, 1), plan).float()
+            parts.append(h.unflatten(0, patches.shape[:2]))
+    return torch.cat(parts, dim=1)
+
+
 def fold_batch_norm(model: BagModel) -> BagModel:
     """A copy in eval mode whose batch norms behind convolutions have become part of these."""
     model = copy.deepcopy(model).eval()

@@ -85,10 +85,11 @@ def prepare(config: Config, me: Ranks) -> Run:
     source = open_source(config.data, on_error=config.loader.on_error)
     if config.eval.enabled and config.test_data is not None:
         open_source(config.test_data, on_error=config.loader.on_error)  # to fail now, not then
-    if len(source) < config.batch_size:
+    images = min(config.max_images or len(source), len(source))
+    if images < config.batch_size:
         raise ValueError(
-            f"--batch_size {config.batch_size} is larger than the data set, {len(source)} images "
-            f"in {config.data}: take at most {len(source)}, or more images"
+            f"--batch_size {config.batch_size} is larger than the data set, {images} images "
+            f"in {config.data}: take at most {images}, or more images"
         )
     precision = config.precision
     if precision == "auto":
@@ -146,6 +147,10 @@ def make_loader(
     if dtype == "auto":
         dtype = "bfloat16" if precision == "bf16" and me.device.type == "cuda" else "float32"
     odd = config.augment_odd
+    indices = None
+    if 0 < config.max_images < len(source):
+        generator = torch.Generator().manual_seed(config.seed)
+        indices = torch.randperm(len(source), generator=generator)[: config.max_images].numpy()
     return BagLoader(
         source,
         batch_size=config.batch_size // me.world_size,
@@ -162,6 +167,7 @@ def make_loader(
         world_size=me.world_size,
         on_error=config.loader.on_error,
         pin_memory=me.device.type == "cuda",
+        indices=indices,
     )
 
 
@@ -181,7 +187,8 @@ def introduce(run: Run, found: Path | None) -> None:
     weights = sum(p.numel() for p in run.model.parameters())
     classes = f", {len(run.source.classes)} classes" if run.source.classes else ""
     say(f"run      {run.run_dir}" + (f", resumed from {found}" if found else ""))
-    say(f"data     {config.data}: {len(run.source)} images{classes}")
+    used = f"{config.max_images} of " if 0 < config.max_images < len(run.source) else ""
+    say(f"data     {config.data}: {used}{len(run.source)} images{classes}")
     say(
         f"model    {config.encoder.name} + {config.head.name}, {weights / 1e6:.2f} M weights; "
         f"loss {config.loss.name} over {number_of_slots(config)} slots"

@@ -61,3 +61,49 @@ def patch_axis(axis: Any, counts: Sequence[int], label: str = "patches per bag")
     axis.set_xticks(list(counts), [str(n) for n in counts])
     axis.minorticks_off()
     axis.set_xlabel(label)
+
+
+def line(
+    axis: Any,
+    x: Sequence[float],
+    y: Sequence[float],
+    spread: Sequence[float],
+    colour: Any,
+    label: str,
+    **style: Any,
+) -> None:
+    """A line with a marker per value and bars where a spread is known."""
+    bars = list(spread) if any(spread) else None
+    style = {"marker": "o", "capsize": 2, "elinewidth": 0.8} | style
+    axis.errorbar(list(x), list(y), yerr=bars, color=colour, label=label, **style)
+
+
+def level(axis: Any, y: float, spread: float, label: str, colour: Any = WHOLE) -> None:
+    """A dashed horizontal line, with a band where a spread is known."""
+    axis.axhline(y, color=colour, ls="--", lw=1.2, label=label)
+    if spread:
+        axis.axhspan(y - spread, y + spread, color=colour, alpha=0.12, lw=0)
+
+
+def shades(number: int) -> list[Any]:
+    """So many colours from light to dark, of one family."""
+    from matplotlib import colormaps
+
+    return [colormaps["OrRd"](0.35 + 0.6 * i / max(number - 1, 1)) for i in range(number)]
+
+
+def change(
+    axis: Any,
+    row: float,
+    before: tuple[float, float],
+    after: tuple[float, float],
+    labels: tuple[str, str] | None = None,
+) -> None:
+    """A horizontal line from one value (mean, spread) to another, in the colours of claim 2."""
+    axis.plot([before[0], after[0]], [row, row], color="#bbbbbb", lw=1.5, zorder=1)
+    names = labels or (None, None)
+    for (mean, spread), colour, label in zip((before, after), (WHOLE, PATCHES), names, strict=True):
+        axis.errorbar(
+            [mean], [row], xerr=[spread] if spread else None, fmt="o", ms=6, capsize=2,
+            color=colour, label=label, zorder=2,
+        )  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bagssl_fast import checkpoint, cli, env, ranks
-from bagssl_fast.config import Config, resolve
+from bagssl_fast.config import Config, patch_size, resolve
 from bagssl_fast.data import open_source
 from bagssl_fast.evaluate import Data, load_model, open_data, random_network
 from bagssl_fast.metrics import say
@@ -63,7 +63,7 @@ class Context:
         loss: str | None = None,
         **changes: Any,
     ) -> Config:
-        """The recipe with another crop, loss or seed.
+        """The recipe with another crop, loss or seed; patches are always cut one by one.
 
         Args:
             seed: Of the weights and of the bags.
@@ -73,6 +73,11 @@ class Context:
             changes: Further fields of `Config`, such as `epochs=1` or `bag=BagConfig(...)`.
         """
         config = replace(self.base, seed=seed, **changes)
+        config = replace(
+            config,
+            bag=replace(config.bag, dense=False),
+            augment=replace(config.augment, size=patch_size(config)),
+        )
         if side is not None:
             scale, ratio = ((0.08, 1.0), (0.75, 4 / 3)) if side == 0 else ((side**2,) * 2, (1, 1))
             augment = replace(config.augment, scale=scale, ratio=(float(ratio[0]), float(ratio[1])))

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from bagssl_fast.analyze.study import Verdict
 
 # Standard errors that a mean must lie from zero to count as a difference.
@@ -64,6 +66,25 @@ def difference(first: Sequence[float], second: Sequence[float], images: int) -> 
     p, q = statistics.fmean(first), statistics.fmean(second)
     test = (p * (1 - p) + q * (1 - q)) / images
     return Difference(statistics.fmean(gains), math.sqrt(seeds + test), len(gains))
+
+
+def paired(values: Tensor) -> Difference:
+    """Of a quantity per image, such as a difference of two cosines.
+
+    Args:
+        values: [seeds, images].
+
+    Raises:
+        ValueError: If it is empty.
+    """
+    if values.dim() != 2 or values.numel() == 0:
+        raise ValueError(f"paired: values {list(values.shape)}, wanted [seeds, images], not empty")
+    seeds, images = values.shape
+    values = values.double()
+    error = float(values.mean(dim=0).var()) / images if images > 1 else 0.0
+    if seeds > 1:
+        error += float(values.mean(dim=1).var()) / seeds
+    return Difference(float(values.mean()), math.sqrt(error), seeds)
 
 
 def all_of(verdicts: Sequence[Verdict]) -> Verdict:
