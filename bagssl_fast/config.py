@@ -99,7 +99,8 @@ class LossConfig:
     """The objective over the projections [P, B, D].
 
     Args:
-        name: vicreg, emp_ssl (total coding rate), spectral, barlow_twins, info_nce or byol.
+        name: vicreg, emp_ssl (total coding rate), spectral, barlow_twins, info_nce, byol or sigreg
+            (LeJEPA).
         options: Keyword arguments of the loss, e.g. --loss.options.sim_coeff 25.
     """
 

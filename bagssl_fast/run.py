@@ -220,6 +220,7 @@ def save(run: Run) -> None:
         "step": run.step,
         "loader": {"epoch": epoch, "step": offset},
         "model": run.model.state_dict(),
+        "loss": run.loss.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "average": run.average.weights if run.average else {},
@@ -257,6 +258,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     checkpoint.compare(state["identity"], identity(run))
     run.step = state["step"]
     run.model.load_state_dict(state["model"])
+    run.loss.load_state_dict(state.get("loss", {}))  # checkpoints of 0.1.0 have none
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     if run.average is not None:

@@ -20,6 +20,7 @@ LOSSES: dict[str, tuple[str, dict]] = {
     "barlow_twins": ("barlow_twins", {}),
     "info_nce": ("info_nce", {}),
     "byol": ("byol", {}),
+    "sigreg": ("sigreg", {"num_directions": 5}),
 }
 
 
