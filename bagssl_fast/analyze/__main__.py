@@ -30,18 +30,23 @@ from bagssl_fast.train import Diverged
 
 # One module per claim; each has a STUDY.
 MODULES = ("patches", "aggregation", "mean", "locality", "cooccurrence", "epochs")
+# --quick: steps of a training, labelled images of a probe.
+QUICK_STEPS, QUICK_BANK = 100, 1000
 
 
-def studies(claims: Sequence[int]) -> list[Study]:
-    """The studies of the chosen claims, in order.
+def studies(claims: str) -> list[Study]:
+    """The studies of the chosen claims, such as "1,3", in order.
 
     Raises:
-        ValueError: For a claim that there is not.
+        ValueError: For what is no claim.
     """
-    unknown = sorted(set(claims) - set(range(1, len(MODULES) + 1)))
-    if unknown:
-        raise ValueError(f"--claims {unknown}: there are claims 1 to {len(MODULES)}")
-    names = [f"bagssl_fast.analyze.{MODULES[claim - 1]}" for claim in sorted(set(claims))]
+    known = {str(number): module for number, module in enumerate(MODULES, start=1)}
+    chosen = {claim.strip() for claim in claims.split(",")}
+    if not chosen <= known.keys():
+        raise ValueError(
+            f"--claims {claims}: claims 1 to {len(MODULES)} are there, separated by commas"
+        )
+    names = [f"bagssl_fast.analyze.{module}" for n, module in known.items() if n in chosen]
     found: list[Study] = [importlib.import_module(name).STUDY for name in names]
     return found
 
@@ -105,6 +110,10 @@ def make_context(options: argparse.Namespace) -> Context:
         device=options.device,
         threads=options.threads,
     )
+    if options.quick:
+        steps = min(base.max_steps or QUICK_STEPS, QUICK_STEPS)
+        sizes = {"max_train_images": QUICK_BANK, "max_test_images": QUICK_BANK // 2}
+        base = replace(base, max_steps=steps, eval=replace(base.eval, **sizes))
     seeds = range(1 if options.quick else options.seeds)
     return Context(base, options.out, tuple(seeds), options.quick)
 
@@ -142,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns 0, also when asked to stop, 1 if a training diverged, 2 wrong usage."""
     options = make_parser().parse_args(argv)
     try:
-        chosen = studies([int(claim) for claim in options.claims.split(",")])
+        chosen = studies(options.claims)
         context = make_context(options)
         options.out.mkdir(parents=True, exist_ok=True)
         prepare_threads(context.base)

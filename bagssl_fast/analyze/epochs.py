@@ -3,7 +3,8 @@
 A subset of the images is passed over with P patches per image and step. Equal images: one pass
 whatever P, so that compute grows with P. Equal compute: P times the number of passes is constant,
 so that two patches pass over the images many times and the largest P passes once. Each run has its
-own whole cosine schedule; batch size and learning rate are the same.
+own whole cosine schedule; batch size and learning rate are the same. Patches keep their own
+resolution (16 pixels of CIFAR's 32), which makes the network smaller than that of claims 1 to 3.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from bagssl_fast.analyze.models import Context
 from bagssl_fast.analyze.patches import MAIN_SIDE, plain
 from bagssl_fast.analyze.study import Figure, Result, Study, Table, Verdict
 from bagssl_fast.analyze.verdict import Difference, difference, mean_spread, percent
+from bagssl_fast.config import Config, patch_size
 from bagssl_fast.losses import LOSSES
 
 PATCHES, QUICK_PATCHES = (2, 4, 8, 16), (2, 8)
 IMAGES, QUICK_IMAGES = 10_240, 1_024
 BATCH = 64
+NATIVE_MIN = 8  # the smallest patch of PatchNet
 # Loss -> its name; the first is EMP-SSL's own and is judged.
 METHODS = {"emp_ssl": "TCR (EMP-SSL)", "sigreg": "SIGReg (LeJEPA)"}
 MODES = {"images": "equal images: one pass", "compute": "equal compute"}
@@ -101,9 +104,19 @@ def scores(context: Context, method: str, patches: int, epochs: int, seed: int) 
         "batch_size": BATCH,
         "bag": replace(context.base.bag, patches=patches),
     }
-    config = context.config(side=MAIN_SIDE, loss=method, seed=seed, **changes)
+    config = native_size(context.config(side=MAIN_SIDE, loss=method, seed=seed, **changes))
     label = f"{METHODS[method]}, {patches} patches x {epochs} passes, seed {seed}"
     return bag_scores(context, config, MAIN_SIDE, (bag_size(context),), label=label)
+
+
+def native_size(config: Config) -> Config:
+    """The network for patches that are not enlarged: no whole image is looked at here.
+
+    Enlarged to the size of a whole image, patches would cost four times as much and show no more.
+    """
+    size = max(NATIVE_MIN, 4 * round(patch_size(config) * MAIN_SIDE / 4))
+    encoder = replace(config.encoder, patch_size=0)
+    return replace(config, augment=replace(config.augment, size=size), encoder=encoder)
 
 
 def compare(context: Context, grid: Grid) -> dict[str, dict[str, Difference]]:

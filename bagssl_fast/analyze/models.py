@@ -31,6 +31,7 @@ DONE = "done.json"
 # What each loss wants of the projector's output and of its own coefficients.
 LOSS_OPTIONS: dict[str, dict[str, Any]] = {}
 NORMALIZED = {"emp_ssl", "spectral"}
+TARGET_MOMENTUM = {"byol": 0.99}
 
 
 class Stopped(RuntimeError):
@@ -89,7 +90,7 @@ class Context:
             config = replace(
                 config,
                 loss=replace(config.loss, name=loss, options=dict(options)),
-                head=replace(config.head, options=head),
+                head=replace(config.head, options=head, momentum=TARGET_MOMENTUM.get(loss, 0.0)),
             )
         return resolve(config)
 
