@@ -61,21 +61,25 @@ def examine(study: Study, context: Context) -> Result:
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     settings = context.settings()
     if kept.get("settings") != settings:
-        kept = {"settings": settings, "seconds": 0.0}
+        kept = {"settings": settings, "seconds": 0.0, "cpu_seconds": 0.0}
     if "result" in kept:
         say(f"claim {study.claim}: kept result, {path}")
         return Result.from_json(kept["result"])
     say(f"claim {study.claim}: {study.title}")
-    started = time.monotonic()
+    wall, cpu = time.monotonic(), time.process_time()
     try:
         result = study.run(context)
     finally:
-        kept["seconds"] = round(kept["seconds"] + time.monotonic() - started, 1)
+        kept["seconds"] = round(kept["seconds"] + time.monotonic() - wall, 1)
+        kept["cpu_seconds"] = round(kept["cpu_seconds"] + time.process_time() - cpu, 1)
         write_atomic(path, (json.dumps(kept) + "\n").encode())
-    result = replace(result, seconds=kept["seconds"])
+    result = replace(result, seconds=kept["seconds"], cpu_seconds=kept["cpu_seconds"])
     text = json.dumps(kept | {"result": result.to_json()}, indent=1) + "\n"
     write_atomic(path, text.encode())
-    say(f"claim {study.claim}: {result.verdict}, {result.seconds} s")
+    say(
+        f"claim {study.claim}: {result.verdict}; {result.seconds} s, "
+        f"{result.cpu_seconds} s of CPU time"
+    )
     return result
 
 
@@ -112,8 +116,8 @@ def make_context(options: argparse.Namespace) -> Context:
     )
     if options.quick:
         steps = min(base.max_steps or QUICK_STEPS, QUICK_STEPS)
-        sizes = {"max_train_images": QUICK_BANK, "max_test_images": QUICK_BANK // 2}
-        base = replace(base, max_steps=steps, eval=replace(base.eval, **sizes))
+        smaller = replace(base.eval, max_train_images=QUICK_BANK, max_test_images=QUICK_BANK // 2)
+        base = replace(base, max_steps=steps, eval=smaller)
     seeds = range(1 if options.quick else options.seeds)
     return Context(base, options.out, tuple(seeds), options.quick)
 
@@ -125,6 +129,7 @@ def write(context: Context, results: Sequence[Result]) -> None:
         "seeds": len(context.seeds),
         "quick": context.quick,
         "seconds": round(sum(result.seconds for result in results), 1),
+        "cpu_seconds": round(sum(result.cpu_seconds for result in results), 1),
         "machine": env.report(),
     }
     content = {"about": about, "results": [result.to_json() for result in results]}

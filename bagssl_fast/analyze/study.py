@@ -63,6 +63,7 @@ class Result:
         figures: Shown in this order, before the tables.
         numbers: The raw numbers, for whoever wants to draw something else.
         seconds: Wall time of the study, over all its interrupted parts.
+        cpu_seconds: CPU time likewise, which other programs on the machine disturb little.
     """
 
     claim: int
@@ -73,6 +74,7 @@ class Result:
     figures: list[Figure] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
