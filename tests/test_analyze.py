@@ -271,7 +271,7 @@ class TestCommand:
                 assert (tmp_path / figure.path).read_bytes().startswith(b"\x89PNG")
         page = (tmp_path / "report.html").read_text()
         assert page.count("data:image/png;base64,") == sum(len(r.figures) for r in results)
-        assert "Claim 2: accuracy" in (tmp_path / "tables.md").read_text()
+        assert "Claim 2: accuracy" in (tmp_path / "README.md").read_text()
 
         monkeypatch.setattr(Context, "train", None)  # nothing is trained a second time
         capsys.readouterr()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__" and "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
@@ -22,14 +23,17 @@ if __name__ == "__main__" and "torch" not in sys.modules:
 from bagssl_fast import cli, env
 from bagssl_fast.analyze import html
 from bagssl_fast.analyze.models import Context, Stopped, prepare_threads
-from bagssl_fast.analyze.study import Result, Study
+from bagssl_fast.analyze.study import Result, Study, Table
 from bagssl_fast.checkpoint import write_atomic
 from bagssl_fast.config import Config
 from bagssl_fast.metrics import say
 from bagssl_fast.train import Diverged
 
+About = dict[str, Any]
+
 # One module per claim; each has a STUDY.
 MODULES = ("patches", "aggregation", "mean", "locality", "cooccurrence", "epochs")
+ALL = "1,2,3,4,5,6"
 # --quick: steps of a training, labelled images of a probe.
 QUICK_STEPS, QUICK_BANK = 100, 1000
 
@@ -89,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="training images, as for train (default: the built-in demo)")
     parser.add_argument("--test-data", help="test images (default: found by the name of the data)")
     parser.add_argument("--out", type=Path, default=Path("analysis"), help="output directory")
-    parser.add_argument("--claims", default="1,2,3,4,5,6", help="which claims, e.g. 1,3")
+    parser.add_argument("--claims", default=ALL, help="which claims, e.g. 1,3")
     parser.add_argument("--quick", action="store_true", help="a look in minutes, no measurement")
     parser.add_argument("--seeds", type=int, default=2, help="trainings per setting")
     parser.add_argument("--config", default="analysis", help="recipe of the models")
@@ -122,27 +126,50 @@ def make_context(options: argparse.Namespace) -> Context:
     return Context(base, options.out, tuple(seeds), options.quick)
 
 
-def write(context: Context, results: Sequence[Result]) -> None:
-    """Writes results.json, tables.md and report.html."""
-    about = {
+def describe(options: argparse.Namespace, context: Context, results: Sequence[Result]) -> About:
+    """What stands at the head of a report: command, data, seeds, time, machine."""
+    flags = [f"--data {Path(context.base.data).name}", f"--seeds {len(context.seeds)}"]
+    if options.claims != ALL:
+        flags.append(f"--claims {options.claims}")
+    if options.config != "analysis":
+        flags.append(f"--config {Path(options.config).name}")
+    if options.quick:
+        flags.append("--quick")
+    machine = env.report()
+    return {
+        "command": " ".join(["python -m bagssl_fast.analyze", *flags]),
         "data": Path(context.base.data).name,
+        "recipe": Path(options.config).name,
         "seeds": len(context.seeds),
         "quick": context.quick,
         "seconds": round(sum(result.seconds for result in results), 1),
         "cpu_seconds": round(sum(result.cpu_seconds for result in results), 1),
-        "machine": env.report(),
+        "machine": {key: machine[key] for key in ("cpu", "cores", "gpus", "packages", "git")},
     }
+
+
+def write(context: Context, results: Sequence[Result], about: About) -> None:
+    """Writes results.json, README.md (the same for a repository) and report.html."""
     content = {"about": about, "results": [result.to_json() for result in results]}
     text = json.dumps(content, indent=1) + "\n"
     write_atomic(context.out / "results.json", text.encode())
-    write_atomic(context.out / "tables.md", tables(results).encode())
+    write_atomic(context.out / "README.md", markdown(results, about).encode())
     write_atomic(context.out / "report.html", html.page(context.out, results, about).encode())
     say(f"written  {context.out / 'report.html'}")
 
 
-def tables(results: Sequence[Result]) -> str:
-    """Verdicts, texts and tables as Markdown."""
-    parts = []
+def markdown(results: Sequence[Result], about: About) -> str:
+    """Verdicts, texts, figures and tables as Markdown."""
+    verdicts: list[list[str | int | float]] = [[r.claim, r.title, r.verdict] for r in results]
+    minutes = f"{about['seconds'] / 60:.0f} minutes by the wall, {about['cpu_seconds'] / 60:.0f}"
+    machine = ", ".join([about["machine"]["cpu"], f"{about['machine']['cores']} cores"])
+    parts = [
+        f"# The paper's claims on {about['data']}\n",
+        f"Made by `{about['command']}`: {about['seeds']} seed(s), {minutes} of CPU time; "
+        f"{machine}, torch {about['machine']['packages']['torch']}. Verdicts are computed from "
+        "the numbers: a difference counts beyond two standard errors.\n",
+        Table("Verdicts", ["claim", "", "verdict"], verdicts).markdown(),
+    ]
     for result in results:
         parts.append(f"## {result.claim}. {result.title}\n\nVerdict: **{result.verdict}**\n")
         parts.append(result.text + "\n")
@@ -160,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         context = make_context(options)
         options.out.mkdir(parents=True, exist_ok=True)
         prepare_threads(context.base)
-        write(context, [examine(study, context) for study in chosen])
+        results = [examine(study, context) for study in chosen]
+        write(context, results, describe(options, context, results))
     except (Stopped, KeyboardInterrupt) as stop:
         say(f"{stop or 'interrupted'}: the same command goes on")
     except Diverged as error:

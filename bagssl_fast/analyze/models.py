@@ -148,6 +148,7 @@ class Context:
         if (folder / DONE).is_file():
             return folder
         config = replace(config, run_dir=str(folder), resume="auto", keep_checkpoints=1)
+        say(f"  training {label or folder.name}")
         started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115
