@@ -111,7 +111,7 @@ def text(context: Context, gains: Gains, of_random: dict[str, Difference], best:
     smaller = [name for name, gain in gains.items() if gain["linear"].mean < control.mean]
     return (
         f"Each method trains the same encoder on two multi-scale crops per image with the same "
-        f"optimizer and number of steps; coefficients are those of its paper, not tuned. The "
+        f"optimizer and number of steps; coefficients are the losses' defaults, not tuned. The "
         f"embedding is then read from the central crop (the whole image at the network's size), "
         f"and as the mean over {best} patches of {100 * MAIN_SIDE:g}% of the side; "
         f"{bank_images(context)} labelled images, {test_images(context)} test images, "

@@ -30,7 +30,6 @@ from bagssl_fast.losses import LOSSES
 
 PATCHES, QUICK_PATCHES = (2, 4, 8, 16), (2, 8)
 IMAGES, QUICK_IMAGES = 10_240, 1_024
-BATCH = 64
 NATIVE_MIN = 8  # the smallest patch of PatchNet
 # Loss -> its name; the first is EMP-SSL's own and is judged.
 METHODS = {"emp_ssl": "TCR (EMP-SSL)", "sigreg": "SIGReg (LeJEPA)"}
@@ -101,7 +100,6 @@ def scores(context: Context, method: str, patches: int, epochs: int, seed: int) 
         "epochs": epochs,
         "max_steps": 0,
         "max_images": QUICK_IMAGES if context.quick else IMAGES,
-        "batch_size": BATCH,
         "bag": replace(context.base.bag, patches=patches),
     }
     config = native_size(context.config(side=MAIN_SIDE, loss=method, seed=seed, **changes))
@@ -162,7 +160,7 @@ def text(
         "undecided": "cannot be told from (within two standard errors)",
     }
     return (
-        f"{QUICK_IMAGES if context.quick else IMAGES} images, batches of {BATCH}, patches of "
+        f"{QUICK_IMAGES if context.quick else IMAGES} images, batches of {context.base.batch_size}, patches of "
         f"{100 * MAIN_SIDE:g}% of the side, {name}; read from the mean of {n} patches, "
         f"{len(context.seeds)} seed(s).\n\n"
         f"After one pass {least} patches give {accuracy('images', least)}% (linear) and {most} "

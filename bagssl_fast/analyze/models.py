@@ -28,8 +28,9 @@ from bagssl_fast.run import prepare
 from bagssl_fast.train import Diverged, train
 
 DONE = "done.json"
-# What each loss wants of the projector's output and of its own coefficients.
-LOSS_OPTIONS: dict[str, dict[str, Any]] = {}
+# What each loss wants of its coefficients, where the defaults do not do, and of the projector. With
+# w = 1 the spectral loss of unit vectors settles on two directions; 10 spreads them.
+LOSS_OPTIONS: dict[str, dict[str, Any]] = {"spectral": {"w": 10.0}}
 NORMALIZED = {"emp_ssl", "spectral"}
 TARGET_MOMENTUM = {"byol": 0.99}
 
