@@ -160,9 +160,9 @@ def text(
         "undecided": "cannot be told from (within two standard errors)",
     }
     return (
-        f"{QUICK_IMAGES if context.quick else IMAGES} images, batches of {context.base.batch_size}, patches of "
-        f"{100 * MAIN_SIDE:g}% of the side, {name}; read from the mean of {n} patches, "
-        f"{len(context.seeds)} seed(s).\n\n"
+        f"{QUICK_IMAGES if context.quick else IMAGES} images, batches of "
+        f"{context.base.batch_size}, patches of {100 * MAIN_SIDE:g}% of the side, {name}; read "
+        f"from the mean of {n} patches, {len(context.seeds)} seed(s).\n\n"
         f"After one pass {least} patches give {accuracy('images', least)}% (linear) and {most} "
         f"patches {accuracy('images', most)}%: {images['linear'].points()} points linear, "
         f"{images['knn'].points()} kNN. At equal compute {passes(context, 'compute', least)} "
