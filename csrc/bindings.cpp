@@ -2,11 +2,13 @@
 
 namespace bagssl {
 void register_loader(pybind11::module_& m);  // bindings_loader.cpp
+void register_ops(pybind11::module_& m);     // bindings_ops.cpp
 void register_views(pybind11::module_& m);   // bindings_views.cpp
 }  // namespace bagssl
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ data path of bagssl_fast.";
   bagssl::register_loader(m);
+  bagssl::register_ops(m);
   bagssl::register_views(m);
 }

@@ -1,24 +1,25 @@
-"""A bag's mean, deviation and mean cosine, a few images at a time while they are in the cache.
+"""A bag's mean, deviation and mean cosine by `csrc/bag_pool.h`, image by image.
 
-With n_p = |x_p|, m the mean, M = |m| and u = 1/P sum_p x_p / n_p:
+With n_p = |x_p|, m the mean, M = |m|, u = m / M and w_p = 1 / (P n_p):
 
     cosine = 1/P sum_p c_p,   c_p = (x_p . m) / (n_p M)
-    dcosine/dx_p = 1/P [ m / (n_p M) - c_p x_p / n_p^2 + u / M - cosine m / M^2 ]
+    d = sum_p w_p x_p
+    dcosine/dx_p = (d - (d . u) u) / (P M) + w_p m / M - c_p x_p / (P n_p^2)
 
 so dx is one row per image plus multiples of x_p and m that are numbers per patch. Memory is read
-once in forward, and read and written once in backward: only a chunk of 2 MiB is passed over again.
-Saved for backward: x, the mean, norms and cosines [P, B].
+once in forward, and read and written once in backward: a bag is passed over again while it is in
+the cache. Half precision is computed on a float32 copy. Saved for backward: x, the mean, norms and
+cosines [P, B].
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bagssl_fast._extension import _C
+
 EPS = 1e-8  # smallest norm divided by, as in F.cosine_similarity
-CHUNK = 1 << 19  # elements passed over together; two such arrays fit a cache of 4 MiB
 
 _Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -30,24 +31,26 @@ def bag_pool_forward(x: Tensor, normalize: bool, deviation: bool, cosine: bool) 
     What is not needed is empty; the last three are for backward.
     """
     outputs = _outputs(x, normalize, deviation, cosine)
+    if x.numel() == 0:
+        return outputs[0].zero_(), *(t.zero_() for t in outputs[1:])
     pooled, spread, agreement, kept_mean, norms, cosines = outputs
-    with torch.autocast("cpu", enabled=False):
-        for part in _chunks(x):
-            rows = x[:, part].to(pooled.dtype)
-            mean = rows.mean(dim=0)
-            pooled[part] = F.normalize(mean, dim=1, eps=EPS) if normalize else mean
-            if deviation:
-                distance = torch.linalg.vector_norm(rows - mean, dim=2)
-                spread[part] = distance.square().mean(dim=0) / x.shape[2]
-            if cosine:
-                norm = torch.linalg.vector_norm(rows, dim=2)  # [P, b]
-                dots = (rows.transpose(0, 1) @ mean[:, :, None]).squeeze(2).T
-                mean_norm = torch.linalg.vector_norm(mean, dim=1).clamp_min(EPS)
-                norms[:, part] = norm
-                cosines[:, part] = dots / (norm.clamp_min(EPS) * mean_norm)
-                agreement[part] = cosines[:, part].mean(dim=0)
-            if normalize:
-                kept_mean[part] = mean
+    num_patches, _, dim = x.shape
+    mean = kept_mean if normalize else pooled
+    _C.bag_pool(
+        _rows(x, pooled.dtype),
+        mean=mean.numpy(),
+        distance=spread.numpy() if deviation else None,
+        norm=norms.numpy() if cosine else None,
+        dot=cosines.numpy() if cosine else None,
+        num_threads=torch.get_num_threads(),
+    )
+    if normalize:
+        torch.div(mean, _norms(mean).clamp_min(EPS)[:, None], out=pooled)
+    if deviation:
+        spread /= num_patches * dim
+    if cosine:
+        cosines /= norms.clamp_min(EPS) * _norms(mean).clamp_min(EPS)
+        torch.mean(cosines, dim=0, out=agreement)
     return outputs
 
 
@@ -78,38 +81,37 @@ def bag_pool_backward(
 ) -> Tensor:
     """dx [P, B, D] in x's dtype; `dspread` or `dagreement` is empty where it was not asked for."""
     num_patches, _, dim = x.shape
-    dx = x.new_empty(x.shape)
-    with torch.autocast("cpu", enabled=False):
-        for part in _chunks(x):
-            rows, mean = x[:, part].to(means.dtype), means[part]
-            mean_norm = torch.linalg.vector_norm(mean, dim=1, keepdim=True)  # [b, 1]
-            inverse = 1 / mean_norm.clamp_min(EPS)
-            # Below EPS a norm counts as EPS, a constant.
-            unit = torch.where(mean_norm > EPS, mean * inverse, 0.0)
-
-            dmean = dpooled[part]
-            if normalize:
-                dmean = (dmean - unit * (unit * dmean).sum(dim=1, keepdim=True)) * inverse
-            of_x = rows.new_zeros(())
-            if dspread.numel():
-                of_x = dspread[part, None] * (2 / dim)  # [b, 1]
-                dmean = dmean - of_x * mean
-            if dagreement.numel():
-                dcosine, norm = dagreement[part, None], norms[:, part, None]
-                inverses = 1 / norm.clamp_min(EPS)  # [P, b, 1]
-                direction = (inverses.permute(1, 2, 0) @ rows.transpose(0, 1)).squeeze(1)
-                direction /= num_patches
-                along = (direction * unit).sum(dim=1, keepdim=True)
-                dmean = dmean + dcosine * inverse * (direction - along * unit)
-                shrink = torch.where(norm > EPS, cosines[:, part, None] * inverses.square(), 0.0)
-                of_x = of_x - dcosine * shrink  # [P, b, 1]
-            out = dx[:, part] if dx.dtype == rows.dtype else torch.empty_like(rows)
-            torch.addcmul(dmean / num_patches, rows, of_x / num_patches, out=out)
-            if dagreement.numel():
-                out.addcmul_(mean * inverse, dcosine * inverses / num_patches)
-            if dx.dtype != rows.dtype:
-                dx[:, part] = out
-    return dx
+    dx = torch.empty(x.shape, dtype=means.dtype)
+    if x.numel() == 0:
+        return dx.to(x.dtype)
+    factors: dict[str, Tensor] = {}
+    mean_norm = _norms(means)
+    inverse = 1 / mean_norm.clamp_min(EPS)
+    unit_scale = torch.where(mean_norm > EPS, inverse, 0.0)  # below EPS a norm is a constant
+    dmean = dpooled
+    if normalize:
+        unit = means * unit_scale[:, None]
+        dmean = (dmean - unit * (unit * dmean).sum(dim=1, keepdim=True)) * inverse[:, None]
+    if dspread.numel():
+        of_x = dspread * (2 / dim)
+        dmean = dmean - of_x[:, None] * means
+        factors["of_x"] = (of_x / num_patches).expand(num_patches, -1)
+    if dagreement.numel():
+        weight = 1 / (norms.clamp_min(EPS) * num_patches)  # [P, B]
+        per_mean = dagreement * inverse
+        shrink = torch.where(norms > EPS, cosines * weight.square() * num_patches, 0.0)
+        factors["of_x"] = factors.get("of_x", 0.0) - dagreement * shrink
+        factors |= {"of_mean": weight * per_mean, "weight": weight}
+        factors |= {"direction": per_mean / num_patches, "unit_scale": unit_scale}
+    _C.bag_pool_backward(
+        _rows(x, means.dtype),
+        dx=dx.numpy(),
+        dmean=dmean.contiguous().numpy(),
+        mean=means.numpy(),
+        num_threads=torch.get_num_threads(),
+        **{name: factor.contiguous().numpy() for name, factor in factors.items()},
+    )
+    return dx.to(x.dtype)
 
 
 @bag_pool_backward.register_fake
@@ -126,11 +128,14 @@ def _(
     return x.new_empty(x.shape)
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
-    """Slices of images whose patches together have about `CHUNK` elements."""
-    num_patches, batch, dim = x.shape
-    step = max(1, CHUNK // (num_patches * dim))
-    return (slice(start, start + step) for start in range(0, batch, step))
+def _rows(x: Tensor, dtype: torch.dtype) -> Any:
+    """x [P, B, D] with packed rows, as numpy."""
+    x = x.detach().to(dtype)
+    return (x if x.stride(2) == 1 else x.contiguous()).numpy()
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Saved) -> None:
