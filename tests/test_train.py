@@ -148,6 +148,10 @@ class TestRun:
         _, run_dir = start(DENSE, "run", "--max_steps", "4")
         assert final(run_dir)["step"] == 4 and records(run_dir)[-1]["lr"] < 1e-2
 
+    def test_images_can_be_limited(self, start):
+        _, run_dir = start(DENSE, "run", "--max_images", "17")
+        assert final(run_dir)["step"] == 2 * EPOCHS  # of 8 images each, the 17th left over
+
     def test_tells_which_images_were_skipped(self, start, tmp_path):
         from PIL import Image
 
