@@ -29,10 +29,10 @@ def curve(
     """The loss of every step of one training."""
     run = folder / f"{loss}-{impl}-{threads}"
     code = train(
-        f"--config {ROOT}/configs/cifar10_cpu.yaml --data {data} --run_dir {run} --impl {impl} --threads {threads} "
-        f"--loss.name {loss} --loss.options {{}} --head.options.normalize {loss == 'emp_ssl'} "
-        f"--encoder.width 32 --batch_size 64 --max_steps {steps} --log_every 1 "
-        "--eval.enabled false".split(" ")
+        f"--config {ROOT}/configs/cifar10_cpu.yaml --data {data} --run_dir {run} --impl {impl} "
+        f"--threads {threads} --loss.name {loss} --loss.options {{}} --encoder.width 32 "
+        f"--head.options.normalize {loss == 'emp_ssl'} --batch_size 64 --max_steps {steps} "
+        "--log_every 1 --eval.enabled false".split(" ")
     )
     if code != 0:
         raise SystemExit(f"training {loss} with --impl {impl} failed with code {code}")
