@@ -1,12 +1,13 @@
 """Write the README's performance section from `bench/results/*.json`: `python bench/readme.py`.
 
-One line per case: our figure, and how many times better it is than each provider's in the same run.
-Ratios are those of the medians; below 1 we lose.
+A table per bench; a line for each of our forms in a case: its figure, and how many times better it
+is than each other provider's in the same run. Ratios are those of the medians; below 1 we lose.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -16,8 +17,21 @@ from _common import OURS
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTION = re.compile(r"(<!-- performance -->\n).*?(<!-- /performance -->)", re.S)
-RATES = ("images/s", "patches/s")  # units in which more is better
-COSTS = ("time", "memory")  # metrics of which less is better
+TITLES = {  # in this order
+    "throughput": "Whole training steps, data included, and evaluation (`bench/throughput.py`)",
+    "time_to_accuracy": "Time to accuracy (`bench/time_to_accuracy.py`; medians over seeds)",
+    "bench_loader": "The data path (`bench/bench_loader.py`)",
+    "ops": "Ops, forward and backward (`bench/bench_<op>.py`)",
+    "bench_swap": "In other people's trainings (`bench/bench_swap.py`)",
+}
+METRICS = {"images per second", "time", "memory", "step", "patches per core", "images per core"}
+
+
+def is_shown(row: dict[str, Any]) -> bool:
+    """Whether a row stands in the README; the JSON files have all."""
+    if row["bench"] == "throughput":
+        return row["metric"] in ("images per second", "memory")
+    return row["metric"] in METRICS or row["metric"].startswith("seconds to ")
 
 
 def rows() -> list[dict[str, Any]]:
@@ -30,32 +44,40 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: a line per (bench, case, metric) in which we and somebody else have a figure."""
+def tables(found: list[dict[str, Any]]) -> str:
+    """Markdown: a table per title."""
     cases: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
-    for row in found:
-        if row["unit"] in RATES or row["metric"] in COSTS:
-            cases[row["bench"], row["case"], row["metric"]][row["provider"]] = row
-    lines = ["| bench | case | ours | times better than |", "|---|---|---|---|"]
+    for row in filter(is_shown, found):
+        cases[row["bench"], row["case"], row["metric"]][row["provider"]] = row
+    blocks: dict[str, list[str]] = {title: [] for title in TITLES}
     for (bench, case, metric), providers in cases.items():
-        ours = providers.pop(OURS, None)
-        if ours is None or not providers:
-            continue
-        better = [
-            f"{name} {ratio(ours, row):.3g}x"
-            for name, row in providers.items()
-            if ours["value"] > 0 and row["value"] > 0
-        ]
-        figure = f"{ours['value']:,.4g} {ours['unit']}"
-        name = bench.removeprefix("bench_")
-        lines.append(f"| {name} | {case}, {metric} | {figure} | {', '.join(better)} |")
-    return "\n".join(lines)
+        lines = blocks[bench if bench in TITLES else "ops"]
+        name = case if bench in TITLES else f"{bench.removeprefix('bench_')}: {case}"
+        mine = {p: row for p, row in providers.items() if p.startswith(OURS)}
+        others = {p: row for p, row in providers.items() if p not in mine}
+        for provider, ours in mine.items():
+            form = provider.removeprefix(OURS).strip("_")
+            better = ", ".join(
+                f"{other} {ratio(ours, row):.3g}x"
+                for other, row in others.items()
+                if ours["value"] > 0 and 0 < row["value"] < math.inf
+            )
+            if better:
+                figure = f"{ours['value']:,.4g} {ours['unit']}"
+                label = f"{metric} ({form})" if form else metric
+                lines.append(f"| {name} | {label} | {figure} | {better} |")
+    head = "| case | what | ours | times better than |\n|---|---|---|---|\n"
+    return "\n\n".join(
+        f"**{TITLES[title]}**\n\n{head}" + "\n".join(lines)
+        for title, lines in blocks.items()
+        if lines
+    )
 
 
 def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     """How many times better ours is."""
     by = ours["value"] / theirs["value"]
-    return by if ours["unit"] in RATES else 1 / by
+    return by if "/s" in ours["unit"] else 1 / by
 
 
 def main() -> None:
@@ -64,7 +86,7 @@ def main() -> None:
     machines = "\n".join(f"- {line}" for line in sorted({row["machine"] for row in found}))
     text = (
         "Measured side by side in one run, at equal numerics (checked before timing), medians of "
-        f"interleaved rounds:\n\n{machines}\n\n{table(found)}\n"
+        f"interleaved rounds:\n\n{machines}\n\n{tables(found)}\n"
     )
     readme = ROOT / "README.md"
     before = readme.read_text()
