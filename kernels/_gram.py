@@ -56,7 +56,7 @@ def _finish_tile(
     tl.store(norm_ptr, tl.where(tile_i == tile_j, 1.0, 2.0) * tl.sum(acc * acc))
     if STORE:
         mask = (offs_i < size)[:, None] & (offs_j < size)[None, :]
-        size = size.to(tl.int64)
+        offs_i, offs_j = offs_i.to(tl.int64), offs_j.to(tl.int64)
         tl.store(gram_ptr + offs_i[:, None] * size + offs_j[None, :], acc, mask=mask)
         if tile_i != tile_j:
             tl.store(gram_ptr + offs_j[None, :] * size + offs_i[:, None], acc, mask=mask)

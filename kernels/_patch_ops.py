@@ -29,7 +29,7 @@ def _filter(x, BICUBIC: tl.constexpr):
 @triton.jit
 def _axis_scale(size, out_size, BICUBIC: tl.constexpr):
     """(source pixels per output pixel, filter support, 1 / the filter's stretch) in float64."""
-    scale = size.to(tl.float64) / out_size.to(tl.float64)
+    scale = tl.full((), 1.0, tl.float64) * size / out_size  # sizes of 1 come as constants
     stretch = tl.maximum(scale, 1.0)
     support = stretch * 2.0 if BICUBIC else stretch * 1.0
     return scale, support, tl.where(scale >= 1.0, 1.0 / scale, 1.0)
@@ -245,6 +245,11 @@ def _stage(order, step):
 
 
 @triton.jit
+def mean_grey(grey_sum, num_pixels):
+    return tl.div_rn(grey_sum.to(tl.float32), tl.full((), 1.0, tl.float32) * num_pixels)
+
+
+@triton.jit
 def jitter(
     r, g, b, mask, num_pixels, mean, row_ptr,
     MEAN_KNOWN: tl.constexpr, ONLY_MEAN: tl.constexpr,
@@ -274,7 +279,7 @@ def jitter(
             if not ONLY_MEAN:
                 level = mean
                 if not MEAN_KNOWN:
-                    level = tl.div_rn(grey_sum.to(tl.float32), num_pixels.to(tl.float32))
+                    level = mean_grey(grey_sum, num_pixels)
                 r = _blend(r, level, factor_c)
                 g = _blend(g, level, factor_c)
                 b = _blend(b, level, factor_c)

@@ -87,7 +87,7 @@ def _bag_pool_fwd_kernel(
     out_offs = pid_b * num_dims + offs_d
     tl.store(pooled_ptr + out_offs, pooled, mask=mask_d)
     if HAS_DEVIATION:
-        deviation = tl.sum(spread) / (num_patches * num_dims.to(tl.float32))
+        deviation = tl.sum(spread) / (num_dims * 1.0 * num_patches)
         tl.store(deviation_ptr + pid_b, deviation)
     if HAS_COSINE:
         direction = direction / num_patches
@@ -125,7 +125,7 @@ def _bag_pool_bwd_kernel(
     row_offs = pid_b * num_dims + offs_d
     x_row_ptr = x_ptr + pid_b * stride_x_b + offs_d.to(tl.int64) * stride_x_d
     dx_row_ptr = dx_ptr + row_offs
-    stride_dx_p = num_bags.to(tl.int64) * num_dims
+    stride_dx_p = tl.full((), 1, tl.int64) * num_bags * num_dims
 
     # dmean [BLOCK_D]: everything that reaches a patch through the mean, the same for each.
     dmean = tl.load(dpooled_ptr + row_offs, mask=mask_d, other=0.0).to(tl.float32)
@@ -154,7 +154,7 @@ def _bag_pool_bwd_kernel(
     pull = 0.0
     if HAS_DEVIATION:
         ddeviation = tl.load(ddeviation_ptr + pid_b).to(tl.float32)
-        pull = 2.0 * ddeviation / (num_patches * num_dims.to(tl.float32))
+        pull = 2.0 * ddeviation / (num_dims * 1.0 * num_patches)
 
     for _ in range(num_patches):
         dx = dmean

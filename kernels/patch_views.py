@@ -23,6 +23,7 @@ per output row; bound by memory or by the weights' float64, hence slower where t
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from ._patch_ops import (
     blur_tile,
     grayscale,
     jitter,
+    mean_grey,
     resize_tile,
     round_half_even,
     solarize_and_store,
@@ -210,7 +212,7 @@ def _large_views_kernel(
 
         if keeps:
             tl.debug_barrier()  # the scratch is written by all threads before any reads it
-            mean = tl.div_rn(grey_sum.to(tl.float32), plane.to(tl.float32))
+            mean = mean_grey(grey_sum, plane)
             for tile in range(num_tiles):
                 offs_i = tile // tiles_w * TILE_H + tl.arange(0, TILE_H)
                 offs_j = tile % tiles_w * TILE_W + tl.arange(0, TILE_W)
@@ -253,6 +255,18 @@ def _large_views_kernel(
             tl.debug_barrier()  # ... and read by all before the next patch overwrites it
 
 
+@lru_cache
+def _normalisation(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> torch.Tensor:
+    """[2, 3]: value * scale + offset, kept on the device.
+
+    From float32 means and stds, in float64, to float32: the roundings of every implementation.
+    """
+    center, spread = torch.tensor(mean).double(), torch.tensor(std).double()
+    return torch.stack([1.0 / (255.0 * spread), -center / spread]).float().to(device)
+
+
 def patch_views_fwd(
     data: torch.Tensor,
     offsets: torch.Tensor,
@@ -271,9 +285,6 @@ def patch_views_fwd(
     out = torch.empty((num_slots, batch, *size, 3), dtype=dtype, device=data.device)
     if out.numel() == 0:
         return out
-    # From float32 means and stds, in float64, to float32: the roundings of every implementation.
-    center, spread = torch.tensor(mean).double(), torch.tensor(std).double()
-    scale = torch.stack([1.0 / (255.0 * spread), -center / spread]).float()
     tiles: ViewTiles = view_tiles(size[0], size[1])
     shared = {
         "images_ptr": data,
@@ -281,7 +292,7 @@ def patch_views_fwd(
         "heights_ptr": heights,
         "widths_ptr": widths,
         "params_ptr": params,
-        "scale_ptr": scale.to(data.device, non_blocking=True),
+        "scale_ptr": _normalisation(tuple(mean), tuple(std), data.device),
         "out_ptr": out,
         "batch": batch,
         "out_h": size[0],

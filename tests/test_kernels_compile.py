@@ -1,0 +1,44 @@
+"""Kernels compile for GPUs that are not here at sizes whose arguments become constants (1).
+
+Triton turns an argument of 1 into a Python int inside the kernel, which the interpreter does not.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def compile_case(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import _kernel_cases
+    import _kernel_probe
+
+    def run(case: str, *sizes: int) -> list[dict]:
+        made = getattr(_kernel_cases, case)(*sizes)
+        return _kernel_probe.compile_case(made, "sm_80", torch.float16)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [
+        ("bag_pool_case", (1, 1, 1)),
+        ("vicreg_case", (2, 2, 1)),
+        ("tcr_case", (1, 1, 1)),
+        ("tcr_case", (1, 2, 1)),
+        ("block_case", (2, 1)),
+        ("block_case", (1, 3)),
+        ("embed_case", (1, 1, 1, 1, 1)),
+        ("view_case", (1, False, 8, 1)),
+    ],
+    ids=str,
+)
+def test_sizes_of_one(compile_case, case, sizes):
+    assert compile_case(case, *sizes)
