@@ -48,6 +48,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if IS_HIP else "tf32x3"
 
 
+def warps_of(threads: int) -> int:
+    """Warps that make so many threads; AMD's have 64."""
+    return max(threads // (64 if IS_HIP else 32), 1)
+
+
 def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, int]:
     """Options of a launch.
 

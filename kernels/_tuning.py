@@ -114,7 +114,7 @@ class ViewTiles:
     width: int
     block_y: int
     block_x: int
-    num_warps: int
+    threads: int
     programs_per_sm: int
 
 
@@ -128,5 +128,5 @@ def view_tiles(height: int, width: int) -> ViewTiles:
     tile_w = max(next_power_of_2(width), 16)
     if tile_h > 64 or tile_w > 64:
         tile_h, tile_w = min(tile_h, 32), min(tile_w, 64)
-    num_warps = min(max(tile_h * tile_w // 256, 4), 16)
-    return ViewTiles(tile_h, tile_w, 16, 16, num_warps, programs_per_sm=2)
+    threads = min(max(tile_h * tile_w // 8, 128), 512)
+    return ViewTiles(tile_h, tile_w, 16, 16, threads, programs_per_sm=2)

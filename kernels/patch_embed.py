@@ -21,7 +21,6 @@ FLOPs: 2 P B M h w C forward, the same backward. Bytes: the images, V and y.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -312,19 +311,6 @@ def _(images, positions, out, dout, patch, relu):
     return dout.new_empty((dout.shape[2], depth), **stats), dout.new_empty(dout.shape[2:], **stats)
 
 
-@lru_cache
-def _fold(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per channel: what W is multiplied by [1, C, 1, 1], what it adds to the offset [C].
-
-    Kept on the device: copying them there for each call would wait, and break CUDA graphs.
-    """
-    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, -1, 1, 1)
-    shift = [(CENTRE / 255 - m) / s for m, s in zip(mean, std, strict=True)]
-    return scale, torch.tensor(shift, device=device)
-
-
 class PatchEmbedFunction(torch.autograd.Function):
     """images, positions, folded weights [h w C, M], offset [M] -> y."""
 
@@ -413,11 +399,14 @@ def patch_embed(
         positions = positions.contiguous()
     if images.stride(3) != 1 or images.stride(2) != channels:
         images = images.contiguous()
-    # Folding is torch's, so that autograd unfolds dW and dbias; it costs two passes over W.
+    # Folding is torch's, so that autograd unfolds dW and dbias; it costs two passes over W. The
+    # constants are filled in on the device: a copy would wait for it, and end a CUDA graph.
     wide = weight.float().contiguous()
-    scale, shift = _fold(tuple(mean), tuple(std), weight.device)
+    scale = torch.cat([wide.new_full((1, 1, 1, 1), 1 / (255 * s)) for s in std], dim=1)
+    shift = [(CENTRE / 255 - m) / s for m, s in zip(mean, std, strict=True)]
+    shifts = torch.cat([wide.new_full((1,), value) for value in shift])
     folded = (wide * scale).permute(2, 3, 1, 0).reshape(-1, out_dim).to(weight.dtype).contiguous()
-    offset = (wide.sum(dim=(2, 3)) * shift).sum(dim=1)  # no matmul, which autocast would round
+    offset = (wide.sum(dim=(2, 3)) * shifts).sum(dim=1)  # no matmul, which autocast would round
     if bias is not None:
         offset = offset + bias.float()
     y: torch.Tensor = PatchEmbedFunction.apply(

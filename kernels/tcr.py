@@ -84,7 +84,10 @@ def _factor(z: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _inverse(factor: torch.Tensor) -> torch.Tensor:
-    return torch.cholesky_inverse(factor).to(torch.float32, memory_format=torch.contiguous_format)
+    """Inverse [P, R, R] of L L^T in float32: all slots at once, where cholesky_inverse loops."""
+    eye = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
+    half = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    return (half.mT @ half).float().contiguous()
 
 
 def tcr_fwd(z: torch.Tensor, eps: float, save: bool) -> tuple[torch.Tensor, torch.Tensor]:
