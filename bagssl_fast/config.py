@@ -43,12 +43,16 @@ class LoaderConfig:
             another image instead, counts it and lists it in skipped.txt.
         dtype: Type of the pixels that the encoder gets: auto (bfloat16 under bf16 precision on
             CUDA, else float32), float32, bfloat16 or float16.
+        views: Where patches are cut from the decoded images, the same ones to within 1/255: host
+            (the loader's threads), device (which is sent the images), or auto (device on CUDA where
+            Triton is installed, else host).
     """
 
     num_threads: int = 0
     batches_ahead: int = 2
     on_error: Literal["raise", "skip"] = "raise"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    views: Literal["auto", "host", "device"] = "auto"
 
 
 @dataclass(frozen=True)

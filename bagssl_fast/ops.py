@@ -6,7 +6,7 @@ process-wide choice of `set_impl`, the device of the input. Nothing ever falls b
 what an implementation does not support is a ValueError, and `impl="reference"` the way out.
 """
 
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -44,11 +44,28 @@ class BagPool(NamedTuple):
     cosine: Tensor | None  # [B]
 
 
+class RaggedImages(NamedTuple):
+    """Images of any sizes in one buffer: image b is [h, w, 3] at bytes[offsets[b]:]."""
+
+    bytes: Tensor  # uint8 [total]
+    offsets: Tensor  # int64 [B]
+    heights: Tensor  # int32 [B]
+    widths: Tensor  # int32 [B]
+
+    def unpack(self) -> list[Tensor]:
+        """The images one by one, views of the buffer; on a GPU this waits for the sizes."""
+        columns = (self.offsets.tolist(), self.heights.tolist(), self.widths.tolist())
+        return [
+            self.bytes[first : first + h * w * 3].view(h, w, 3)
+            for first, h, w in zip(*columns, strict=True)
+        ]
+
+
 # ---------------------------------------------------------------------------------------- the ops
 
 
 def patch_views(
-    images: Tensor | Sequence[Tensor],
+    images: Tensor | Sequence[Tensor] | RaggedImages,
     params: Tensor,
     *,
     size: int | tuple[int, int],
@@ -62,7 +79,7 @@ def patch_views(
     """Cut, augment and normalise the patches of a batch: [P, B, C, h, w], channels-last memory.
 
     Args:
-        images: uint8 [B, H, W, 3], or B tensors [H, W, 3] of any sizes.
+        images: uint8 [B, H, W, 3], or B tensors [H, W, 3] of any sizes, or `RaggedImages`.
         params: float32 [P, B, 16], one row of parameters per patch.
         size: output height and width.
         interpolation: "bilinear" or "bicubic", both antialiased.
@@ -75,11 +92,16 @@ def patch_views(
     _check(op, "params", params, (torch.float32,), 3, "[P, B, 16]")
     if isinstance(images, Tensor):
         _check(op, "images", images, (torch.uint8,), 4, "[B, H, W, 3]")
+    elif isinstance(images, RaggedImages):
+        _check(op, "images.bytes", images.bytes, (torch.uint8,), 1, "[total]")
     else:
         for i, image in enumerate(images):
             _check(op, f"images[{i}]", image, (torch.uint8,), 3, "[H, W, 3]")
     first = images if isinstance(images, Tensor) else images[0] if len(images) else params
-    run = _implementation(op, impl, first)
+    cell = _chosen_cell(op, impl, first)
+    if isinstance(images, RaggedImages) and cell != "kernels":
+        images = images.unpack()
+    run = _load(op, cell)
     return run(
         images,
         params,
@@ -361,7 +383,12 @@ def _cell(op: str, impl: str) -> str:
 
 
 def _implementation(op: str, impl: str | None, x: Tensor) -> Callable[..., Any]:
-    """The function that runs `op` on `x`: by `impl`, by the process-wide choice, by the device."""
+    """The function that runs `op` on `x`."""
+    return _load(op, _chosen_cell(op, impl, x))
+
+
+def _chosen_cell(op: str, impl: str | None, x: Tensor) -> str:
+    """The folder that runs `op` on `x`: by `impl`, by the process-wide choice, by the device."""
     device = x.device.type
     choice = impl or _state["impl"] or (device if device in IMPLS else "reference")
     if choice not in IMPLS:
@@ -373,7 +400,7 @@ def _implementation(op: str, impl: str | None, x: Tensor) -> Callable[..., Any]:
             f"{op}: impl={choice!r} was given a tensor on {device}, it takes {choice} tensors; "
             f'move the tensor, or use impl="reference"'
         )
-    return _load(op, cell)
+    return cell
 
 
 def _load(op: str, cell: str) -> Callable[..., Any]:
@@ -385,7 +412,8 @@ def _load(op: str, cell: str) -> Callable[..., Any]:
 
 def _load_for_compile() -> None:
     """Import what models use: torch.compile can look a function up, but not trace an import."""
-    cells = IMPLS if torch.cuda.is_available() else ("reference", "cpu")
+    on_gpu = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    cells = IMPLS if on_gpu else ("reference", "cpu")
     for op in ("patch_embed", "linear_bn_relu", "vicreg", "tcr", "bag_pool"):
         for impl in cells:
             _load(op, _cell(op, impl))

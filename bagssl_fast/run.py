@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bagssl_fast import checkpoint, cli, env, ops
 from bagssl_fast.config import Config, check, number_of_slots
 from bagssl_fast.data import BagLoader, Source, open_source
+from bagssl_fast.data.batch import cut_alike
 from bagssl_fast.losses import build_loss
 from bagssl_fast.metrics import say
 from bagssl_fast.model import BagModel, build_model
@@ -151,11 +153,17 @@ def make_loader(
     if 0 < config.max_images < len(source):
         generator = torch.Generator().manual_seed(config.seed)
         indices = torch.randperm(len(source), generator=generator)[: config.max_images].numpy()
+    augments = (config.augment,) if odd is None else (config.augment, odd)
+    views = config.loader.views
+    if views == "auto":
+        by_kernel = me.device.type == "cuda" and config.impl in ("auto", "cuda")
+        by_kernel = by_kernel and find_spec("triton") is not None and cut_alike(augments)
+        views = "device" if by_kernel else "host"
     return BagLoader(
         source,
         batch_size=config.batch_size // me.world_size,
         patches=config.bag.patches,
-        augment=config.augment if odd is None else (config.augment, odd),
+        augment=augments,
         sampler="random",
         shuffle=True,
         drop_last=True,
@@ -168,6 +176,7 @@ def make_loader(
         on_error=config.loader.on_error,
         pin_memory=me.device.type == "cuda",
         indices=indices,
+        views=views,
     )
 
 

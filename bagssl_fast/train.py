@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from bagssl_fast import checkpoint, cli, ranks
+from bagssl_fast.data import Batch, ImageBatch
+from bagssl_fast.data.feed import ahead
 from bagssl_fast.metrics import Reporter, collapse, memory_mb, say
 from bagssl_fast.optim import learning_rate
 from bagssl_fast.ranks import StopSignals
@@ -90,42 +92,26 @@ def train(run: Run) -> bool:
 
 
 def bags(run: Run) -> Iterator[Tensor]:
-    """The patches of each remaining step [P, B, C, h, w], on the device.
-
-    On a GPU the next batch travels while this one is computed; the loader may then reuse its
-    memory, since the copy has ended by the time the batch after it is taken.
-    """
+    """The patches of each remaining step [P, B, C, h, w], on the device."""
     device = run.ranks.device
+    if device.type == "cuda":
+        yield from ahead(batches(run), device)
+    else:
+        for batch in batches(run):
+            yield batch.patches
+
+
+def batches(run: Run) -> Iterator[Batch | ImageBatch]:
+    """The batches of the remaining steps, epoch after epoch."""
     first, offset = divmod(run.step, run.steps_per_epoch)
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    ready: tuple[Tensor, torch.cuda.Event] | None = None
     left = run.total_steps - run.step
     for epoch in range(first, run.config.epochs):
         run.seek(epoch, offset if epoch == first else 0)
         for batch in run.loader:
             if left == 0:
-                break
+                return
             left -= 1
-            if stream is None:
-                yield batch.patches
-                continue
-            with torch.cuda.stream(stream):
-                patches = batch.patches.to(device, non_blocking=True)
-                copied = stream.record_event()
-            if ready is not None:
-                yield _arrive(*ready)
-            copied.synchronize()
-            ready = patches, copied
-    if ready is not None:
-        yield _arrive(*ready)
-
-
-def _arrive(patches: Tensor, copied: torch.cuda.Event) -> Tensor:
-    """Orders the current stream behind a copy, and keeps the memory until this stream is done."""
-    current = torch.cuda.current_stream(patches.device)
-    current.wait_event(copied)
-    patches.record_stream(current)
-    return patches
+            yield batch
 
 
 class Meter:

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from _cases import Case
 from baselines.step import Setup, System
 from torch import Tensor, nn
 
-from bagssl_fast import ops
-from bagssl_fast._extension import _C
-from bagssl_fast.augment import Augment
 from bagssl_fast.data import BagLoader
+from bagssl_fast.data.feed import ahead
 from bagssl_fast.encoders import build_encoder
 from bagssl_fast.heads import EMPHead, Projector
 from bagssl_fast.losses import build_loss
 from bagssl_fast.model import BagModel
 from bagssl_fast.optim import build_optimizer
-
-# What a view is drawn from, of an Augment.
-DRAWN = (
-    *("scale", "ratio", "hflip", "brightness", "contrast", "saturation", "hue", "jitter_prob"),
-    *("grayscale_prob", "blur_prob", "blur_sigma", "solarize_prob", "solarize_threshold"),
-)
 
 
 def our_model(case: Case, dense: bool = False, seed: int = 0) -> BagModel:
@@ -89,7 +79,7 @@ class Ours(System):
 
     def batches(self) -> Iterator[Tensor]:
         if self.setup.device == "cuda":
-            yield from ahead_on_gpu(batch.patches for batch in self.loader)
+            yield from ahead(self.loader, torch.device("cuda"))
         else:
             for batch in self.loader:
                 yield batch.patches
@@ -138,75 +128,10 @@ class OursDenseCompiled(OursDense):
 
 
 class OursOnDevice(Ours):
-    """Whole uint8 images travel to the device, which cuts and augments the patches there."""
+    """Decoded images travel to the device, which cuts and augments the patches there."""
 
     name = "bagssl_fast_device"
-    note = "ops.patch_views on the device; images of one size"
-
-    @classmethod
-    def supports(cls, case: Case) -> bool:
-        return case.corpus == "cifar"
-
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self.epochs = itertools.count()
+    note = "ops.patch_views on the device; the same patches"
 
     def open_loader(self, **options: Any) -> BagLoader:
-        assert self.setup.images.array is not None
-        options["dtype"] = "uint8"
-        return BagLoader(
-            self.setup.images.source,
-            batch_size=self.case.batch,
-            patches=1,
-            augment=Augment.none(self.setup.images.array.shape[1]),
-            sampler="center",
-            indices=self.setup.indices,
-            num_threads=self.setup.threads,
-            **options,
-        )
-
-    def batches(self) -> Iterator[Tensor]:
-        a, device = self.case.augment, self.setup.device
-        spec = _C.AugmentSpec(**{name: getattr(a, name) for name in DRAWN})
-        for batch in self.loader:
-            pixels = batch.patches[0].permute(0, 2, 3, 1)  # uint8 [B, H, W, 3], contiguous
-            sizes = np.tile(np.array(pixels.shape[1:3]), (len(pixels), 1))
-            table = _C.draw_views(
-                [spec],
-                sizes,
-                batch.index.numpy(),
-                patches=self.case.patches,
-                seed=0,
-                epoch=next(self.epochs),
-            )
-            yield ops.patch_views(
-                pixels.to(device, non_blocking=True),
-                torch.from_numpy(table).to(device, non_blocking=True),
-                size=a.size,
-                interpolation=a.interpolation,
-                mean=a.mean,
-                std=a.std,
-                dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-            )
-
-
-def ahead_on_gpu(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Copies the next batch on a stream of its own while the present one is worked on."""
-    stream = torch.cuda.Stream()
-    ready: tuple[Tensor, torch.cuda.Event] | None = None
-
-    def arrive(patches: Tensor, copied: torch.cuda.Event) -> Tensor:
-        torch.cuda.current_stream().wait_event(copied)
-        patches.record_stream(torch.cuda.current_stream())
-        return patches
-
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            patches = batch.to("cuda", non_blocking=True)
-            copied = stream.record_event()
-        if ready is not None:
-            yield arrive(*ready)
-        copied.synchronize()  # the loader may write into its memory again
-        ready = patches, copied
-    if ready is not None:
-        yield arrive(*ready)
+        return super().open_loader(views="device", **options)

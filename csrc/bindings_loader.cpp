@@ -223,7 +223,7 @@ class PyLoader {
     loader_->start(std::move(plan), first_batch);
   }
 
-  /// None at the end, else (slot, indices, error index or -1, reason).
+  /// None at the end, else (slot, indices, bytes of pixels, error index or -1, reason).
   py::object next() {
     constexpr int kTimeout = 100;  // ms between looks at pending signals (Ctrl-C)
     Batch batch;
@@ -237,8 +237,13 @@ class PyLoader {
       if (status == Loader::Status::kReady) break;
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     }
-    return py::make_tuple(batch.slot, to_column(batch.indices), batch.error.index,
-                          batch.error.reason);
+    return py::make_tuple(batch.slot, to_column(batch.indices), batch.pixel_bytes,
+                          batch.error.index, batch.error.reason);
+  }
+
+  void move_pixels(int slot, uintptr_t data, int64_t capacity) {
+    py::gil_scoped_release release;
+    loader_->move_pixels(slot, {reinterpret_cast<uint8_t*>(data), capacity});
   }
 
   void stop() {
@@ -268,7 +273,8 @@ std::unique_ptr<PyLoader> make_loader(std::shared_ptr<Source> source, const py::
                                       int64_t patches, const std::string& sampler,
                                       const std::string& dtype, uint64_t seed, int threads,
                                       int batches_ahead, bool skip_bad, bool dct_scaling,
-                                      int64_t max_pixels, const std::vector<uintptr_t>& slots,
+                                      int64_t max_pixels, bool cut,
+                                      const std::vector<uintptr_t>& slots,
                                       const Column<int64_t>& subset, py::object decoder,
                                       py::object owner) {
   LoaderOptions options;
@@ -284,6 +290,7 @@ std::unique_ptr<PyLoader> make_loader(std::shared_ptr<Source> source, const py::
   options.skip_bad = skip_bad;
   options.dct_scaling = dct_scaling;
   options.max_pixels = max_pixels;
+  options.cut = cut;
   return std::make_unique<PyLoader>(std::move(source), std::move(options), slots, subset,
                                     std::move(decoder), std::move(owner));
 }
@@ -360,11 +367,13 @@ void register_loader(py::module_& m) {
       .def(py::init(&make_loader), py::kw_only(), py::arg("source"), py::arg("augments"),
            py::arg("patches"), py::arg("sampler"), py::arg("dtype"), py::arg("seed"),
            py::arg("threads"), py::arg("batches_ahead"), py::arg("skip_bad"),
-           py::arg("dct_scaling"), py::arg("max_pixels"), py::arg("slots"), py::arg("subset"),
-           py::arg("decoder"), py::arg("owner"))
+           py::arg("dct_scaling"), py::arg("max_pixels"), py::arg("cut"), py::arg("slots"),
+           py::arg("subset"), py::arg("decoder"), py::arg("owner"))
       .def("start", &PyLoader::start, py::arg("epoch"), py::arg("rows"), py::arg("batch_ends"),
            py::arg("first_batch"))
       .def("next", &PyLoader::next)
+      .def("move_pixels", &PyLoader::move_pixels, py::arg("slot"), py::arg("data"),
+           py::arg("capacity"))
       .def("stop", &PyLoader::stop)
       .def_property_readonly("skipped", &PyLoader::skipped);
 }

@@ -17,6 +17,27 @@ namespace {
 /// After this many bad images in a row the data set as a whole is at fault.
 constexpr int kMaxReplacements = 1000;
 
+/// Brings boxes that were drawn on the whole image to the part of it that was decoded.
+void move_boxes(const Region& region, std::vector<ViewParams>* table) {
+  for (ViewParams& params : *table) {
+    if (region.denominator > 1) {
+      // The nearest whole box of the smaller image.
+      const float scale = static_cast<float>(region.denominator);
+      const float end_y = params.top + params.height, end_x = params.left + params.width;
+      params.top = std::floor(params.top / scale + 0.5f);
+      params.left = std::floor(params.left / scale + 0.5f);
+      params.height = std::max(1.0f, std::floor(end_y / scale + 0.5f) - params.top);
+      params.width = std::max(1.0f, std::floor(end_x / scale + 0.5f) - params.left);
+      const float last_y = static_cast<float>(region.top + region.view.height);
+      const float last_x = static_cast<float>(region.left + region.view.width);
+      params.top = std::min(params.top, last_y - params.height);
+      params.left = std::min(params.left, last_x - params.width);
+    }
+    params.top -= static_cast<float>(region.top);
+    params.left -= static_cast<float>(region.left);
+  }
+}
+
 }  // namespace
 
 struct Loader::Worker {
@@ -29,6 +50,8 @@ struct Loader::Worker {
 
 struct Loader::Slot {
   int64_t remaining = 0;
+  int64_t pixel_bytes = 0;
+  std::vector<std::pair<int64_t, std::vector<uint8_t>>> outside;  // no room: offset, pixels
   std::vector<int64_t> indices;
   std::vector<std::pair<int64_t, BadImage>> skipped;  // with their rows
   int64_t error_row = -1;
@@ -51,6 +74,7 @@ Loader::Loader(std::shared_ptr<const Source> source, LoaderOptions options,
     : source_(std::move(source)),
       options_(std::move(options)),
       slots_(std::move(slots)),
+      pixels_(slots_.size()),
       subset_(std::move(subset)),
       fallback_(std::move(fallback)),
       pid_(getpid()) {
@@ -163,6 +187,7 @@ Loader::Status Loader::next(int timeout_ms, Batch* batch) {
       if (skipped_indices_.insert(bad.index).second) skipped_.push_back(std::move(bad));
     }
     batch->slot = slot_index;
+    batch->pixel_bytes = slot.pixel_bytes;
     batch->indices = std::move(slot.indices);
     batch->error = std::move(slot.error);
     ++taken_;
@@ -170,6 +195,25 @@ Loader::Status Loader::next(int timeout_ms, Batch* batch) {
   }
   run.room.notify_all();
   return Status::kReady;
+}
+
+void Loader::move_pixels(int slot_index, PixelBuffer buffer) {
+  if (!run_ || taken_ == 0 || slot_index != (taken_ - 1) % static_cast<int64_t>(slots_.size())) {
+    throw std::invalid_argument("only the slot of the latest batch may get another buffer");
+  }
+  Slot& slot = run_->slots[slot_index];  // it is the consumer's until the next batch is taken
+  PixelBuffer& old = pixels_[slot_index];
+  if (buffer.capacity < std::max(slot.pixel_bytes, old.capacity)) {
+    throw std::invalid_argument("a buffer of " + std::to_string(buffer.capacity) +
+                                " bytes is too small for the batch's " +
+                                std::to_string(slot.pixel_bytes));
+  }
+  std::copy_n(old.data, std::min(old.capacity, slot.pixel_bytes), buffer.data);
+  for (const auto& [offset, pixels] : slot.outside) {
+    std::copy(pixels.begin(), pixels.end(), buffer.data + offset);
+  }
+  slot.outside.clear();
+  old = buffer;
 }
 
 void Loader::work(Run& run, Worker& worker) {
@@ -218,7 +262,7 @@ void Loader::make_row(Run& run, Worker& worker, int64_t batch, int64_t row) {
   BadImage error;
   for (int replaced = 1;; ++replaced) {
     try {
-      make_bag(worker, index, batch, row);
+      make_bag(run, worker, index, batch, row);
       break;
     } catch (const std::runtime_error& bad) {  // of the image
       if (!options_.skip_bad) {
@@ -249,7 +293,7 @@ void Loader::make_row(Run& run, Worker& worker, int64_t batch, int64_t row) {
   }
 }
 
-void Loader::make_bag(Worker& worker, int64_t index, int64_t batch, int64_t row) {
+void Loader::make_bag(Run& run, Worker& worker, int64_t index, int64_t batch, int64_t row) {
   const ImageSize size = worker.reader.open(source_->read(index, worker.file));
   worker.params.resize(static_cast<size_t>(options_.patches));
   int64_t top = size.height, left = size.width, bottom = 0, right = 0;
@@ -270,28 +314,50 @@ void Loader::make_bag(Worker& worker, int64_t index, int64_t batch, int64_t row)
   }
 
   const Region region = worker.reader.decode({top, left, bottom - top, right - left}, denominator);
+  move_boxes(region, &worker.params);
+  if (!options_.cut) {
+    hand_over(run, worker, region.view, batch, row);
+    return;
+  }
   const int64_t rows = batch_rows(batch);
   char* const patches = static_cast<char*>(slots_[batch % slots_.size()]);
   for (int64_t p = 0; p < options_.patches; ++p) {
-    ViewParams params = worker.params[p];
-    if (region.denominator > 1) {
-      // The nearest whole box of the smaller image.
-      const float scale = static_cast<float>(region.denominator);
-      const float end_y = params.top + params.height, end_x = params.left + params.width;
-      params.top = std::floor(params.top / scale + 0.5f);
-      params.left = std::floor(params.left / scale + 0.5f);
-      params.height = std::max(1.0f, std::floor(end_y / scale + 0.5f) - params.top);
-      params.width = std::max(1.0f, std::floor(end_x / scale + 0.5f) - params.left);
-      const float last_y = static_cast<float>(region.top + region.view.height);
-      const float last_x = static_cast<float>(region.left + region.view.width);
-      params.top = std::min(params.top, last_y - params.height);
-      params.left = std::min(params.left, last_x - params.width);
-    }
-    params.top -= static_cast<float>(region.top);
-    params.left -= static_cast<float>(region.left);
-    patch_view(region.view, params, options_.views[p % options_.views.size()],
+    patch_view(region.view, worker.params[p], options_.views[p % options_.views.size()],
                patches + (p * rows + row) * patch_bytes_, worker.scratch);
   }
+}
+
+/// Writes a row's image and views into the slot, where the images before it end.
+void Loader::hand_over(Run& run, const Worker& worker, const ImageView& image, int64_t batch,
+                       int64_t row) {
+  const size_t slot_index = static_cast<size_t>(batch) % slots_.size();
+  const PixelBuffer buffer = pixels_[slot_index];
+  const int64_t line = image.width * 3, bytes = image.height * line;
+  int64_t offset = 0;
+  uint8_t* out = nullptr;
+  {
+    std::lock_guard<std::mutex> lock(run.mutex);
+    Slot& slot = run.slots[slot_index];
+    offset = slot.pixel_bytes;
+    slot.pixel_bytes += bytes;
+    if (slot.pixel_bytes <= buffer.capacity) {
+      out = buffer.data + offset;
+    } else {
+      slot.outside.emplace_back(offset, std::vector<uint8_t>(static_cast<size_t>(bytes)));
+      out = slot.outside.back().second.data();  // stays where it is when its vector moves
+    }
+  }
+  for (int64_t y = 0; y < image.height; ++y) {
+    std::copy_n(image.data + y * image.row_stride, line, out + y * line);
+  }
+  const int64_t rows = batch_rows(batch), patches = options_.patches;
+  auto* const params = static_cast<ViewParams*>(slots_[slot_index]);
+  auto* const offsets = reinterpret_cast<int64_t*>(params + patches * rows);
+  auto* const sides = reinterpret_cast<int32_t*>(offsets + rows);
+  for (int64_t p = 0; p < patches; ++p) params[p * rows + row] = worker.params[p];
+  offsets[row] = offset;
+  sides[row] = static_cast<int32_t>(image.height);
+  sides[rows + row] = static_cast<int32_t>(image.width);
 }
 
 ViewParams Loader::draw(ImageSize size, int64_t index, int64_t patch) const {

@@ -33,6 +33,13 @@ struct LoaderOptions {
   bool skip_bad = false;     // replace images that cannot be decoded
   bool dct_scaling = false;  // decode at 1/2, 1/4, 1/8 where patches need no more
   int64_t max_pixels = 0;    // larger images are refused
+  bool cut = true;           // false: hand over images and tables of views; a device cuts them
+};
+
+/// Where a slot's decoded images lie, one behind the other, when patches are not cut here.
+struct PixelBuffer {
+  uint8_t* data = nullptr;
+  int64_t capacity = 0;  // bytes
 };
 
 /// What an epoch is made of, decided by the caller: the same for every number of threads.
@@ -47,15 +54,21 @@ struct BadImage {
   std::string reason;
 };
 
-/// A batch in its slot, laid out [P, rows, h, w, 3].
+/// A batch in its slot. Cut here, that is patches [P, rows, h, w, 3]. Otherwise it is a table:
+/// float params [P, rows, 16], int64 offsets [rows], int32 heights [rows], int32 widths [rows], and
+/// image r is [heights[r], widths[r], 3] at offsets[r] of the slot's pixels. An image is the part
+/// of the file that its views touch, and boxes are relative to that part; images lie in the order
+/// in which they were decoded.
 struct Batch {
   int slot = -1;
+  int64_t pixel_bytes = 0;       // of all images; 0 where patches are cut here
   std::vector<int64_t> indices;  // data-set index per row: the replacement's where one was needed
   BadImage error;                // index >= 0: the batch is not usable, and why
 };
 
 /// Makes batches of bags ahead of their consumer: threads decode each image once, cut its P patches
-/// while it is hot, and write them into a ring of slots that the caller provides.
+/// while it is hot, and write them into a ring of slots that the caller provides. With `cut` false
+/// they hand over the decoded images instead, for a device to cut.
 ///
 /// A bag depends on (seed, epoch, data-set index) only. `next` and the other methods belong to one
 /// consumer thread. After fork() a child's loader makes its own threads and goes on where it stood.
@@ -79,6 +92,11 @@ class Loader {
   /// it as it is.
   Status next(int timeout_ms, Batch* batch);
 
+  /// Gives the slot of the batch that was taken last another pixel buffer, and moves its images
+  /// there. What found no room in the old one waited elsewhere: required before the batch is used
+  /// where `pixel_bytes` is more than the slot's buffer holds.
+  void move_pixels(int slot, PixelBuffer buffer);
+
   /// Ends the epoch and its threads; what is in the making is dropped.
   void stop();
 
@@ -94,7 +112,9 @@ class Loader {
   void work(Run& run, Worker& worker);
   bool take_row(Run& run, int64_t* batch, int64_t* row);
   void make_row(Run& run, Worker& worker, int64_t batch, int64_t row);
-  void make_bag(Worker& worker, int64_t index, int64_t batch, int64_t row);
+  void make_bag(Run& run, Worker& worker, int64_t index, int64_t batch, int64_t row);
+  void hand_over(Run& run, const Worker& worker, const ImageView& image, int64_t batch,
+                 int64_t row);
   ViewParams draw(ImageSize size, int64_t index, int64_t patch) const;
   int64_t replacement(int64_t index) const;
   int64_t batch_begin(int64_t batch) const;
@@ -103,6 +123,7 @@ class Loader {
   const std::shared_ptr<const Source> source_;
   const LoaderOptions options_;
   const std::vector<void*> slots_;
+  std::vector<PixelBuffer> pixels_;  // per slot
   const std::vector<int64_t> subset_;
   const FallbackDecoder fallback_;
   int64_t patch_bytes_ = 0;

@@ -30,7 +30,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import check_rank, check_tensors, device_guard, launch_options, refuse, sm_count
+from ._common import (
+    check_rank,
+    check_tensors,
+    device_guard,
+    launch_options,
+    refuse,
+    sm_count,
+    warps_of,
+)
 from ._patch_ops import (
     axis_precision,
     axis_windows,
@@ -46,6 +54,7 @@ from ._tuning import ViewTiles, view_tiles
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 NUM_PARAMS = 16
+RAGGED_DTYPES = (torch.int64, torch.int32, torch.int32)  # of offsets, heights, widths
 
 
 class RaggedImages(NamedTuple):
@@ -304,7 +313,7 @@ def patch_views_fwd(
         "TILE_W": tiles.width,
         "BLOCK_Y": tiles.block_y,
         "BLOCK_X": tiles.block_x,
-        **launch_options(tiles.num_warps),
+        **launch_options(warps_of(tiles.threads)),
         # A contracted a * b + c would truncate to another integer here and there.
         "enable_fp_fusion": False,
     }
@@ -427,8 +436,13 @@ def patch_views(
         ValueError: on anything else.
     """
     op = "patch_views"
-    batch = images if isinstance(images, RaggedImages) else ragged(images)
+    # Any named tuple of the same fields will do: whoever calls may have one of his own.
+    batch = RaggedImages(*images) if hasattr(images, "offsets") else ragged(images)
     check_tensors(op, (torch.uint8,), images=batch.bytes)
+    check_tensors(op, (torch.uint8, torch.int64, torch.int32), **batch._asdict())
+    if (batch.offsets.dtype, batch.heights.dtype, batch.widths.dtype) != RAGGED_DTYPES:
+        came = ", ".join(f"{name} {x.dtype}" for name, x in batch._asdict().items())
+        raise refuse(op, came, "offsets int64, heights and widths int32")
     height, width = (size, size) if isinstance(size, int) else size
     if not (1 <= height <= 1024 and 1 <= width <= 1024):
         raise refuse(op, f"size = {size}", "1..1024 in both directions")

@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from bagssl_fast import ops
+from bagssl_fast.augment import Augment
+from bagssl_fast.data import BagLoader
+from bagssl_fast.data.feed import ahead
 
 pytestmark = pytest.mark.gpu
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
@@ -23,14 +27,17 @@ def pixels(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).cuda()
 
 
-def block(x: Tensor, weight: Tensor, impl: str) -> Tensor:
-    ones = torch.ones(weight.shape[0], device="cuda")
-    return ops.linear_bn_relu(x, weight, ones, 0 * ones, None, None, training=True, impl=impl)
+def block(x: Tensor, weight: Tensor, impl: str, relu: bool = False) -> Tensor:
+    ones = x.new_ones(weight.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    return ops.linear_bn_relu(
+        x, weight, ones, 0 * ones, None, None, training=True, relu=relu, impl=impl
+    )
 
 
-def embed(images: Tensor, weight: Tensor, impl: str) -> Tensor:
-    positions = torch.tensor([[0, 0], [3, 5], [16, 16], [7, 2]], device="cuda")
-    return ops.patch_embed(images, weight, None, positions, **STATISTICS, relu=True, impl=impl)
+def embed(
+    images: Tensor, positions: Tensor, weight: Tensor, impl: str, relu: bool = False
+) -> Tensor:
+    return ops.patch_embed(images, weight, None, positions, **STATISTICS, relu=relu, impl=impl)
 
 
 def every(out: Any) -> list[Tensor]:
@@ -58,18 +65,38 @@ OPS: dict[str, tuple[Op, Callable[[torch.dtype], tuple[Tensor, ...]]]] = {
     ),
     "patch_embed": (
         embed,
-        lambda d: (pixels(33, 32, 32, 3), (normal(130, 3, 16, 16, seed=1) / 28).to(d)),
+        lambda d: (
+            pixels(33, 32, 32, 3),
+            torch.tensor([[0, 0], [3, 5], [16, 16], [7, 2]], device="cuda"),
+            (normal(130, 3, 16, 16, seed=1) / 28).to(d),
+        ),
     ),
 }
-# Relative L2 error: half an ulp of the operands, and for ReLUs a few masks that flip.
-LIMIT = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+LIMIT = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # relative L2 error
+
+
+def leaves_of(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+
+
+def douts_of(op: Op, inputs: tuple[Tensor, ...], impl: str) -> list[Tensor]:
+    """A fixed gradient of every result."""
+    with torch.no_grad():
+        return [normal(*out.shape, seed=2).to(out) for out in every(op(*inputs, impl))]
+
+
+def both_ways(op: Op, leaves: list[Tensor], impl: str, douts: list[Tensor]) -> list[Tensor]:
+    """Results and gradients; everything that it needs is on the device already."""
+    outs = every(op(*leaves, impl))
+    return [*outs, *torch.autograd.grad(outs, [x for x in leaves if x.requires_grad], douts)]
 
 
 def run(op: Op, inputs: tuple[Tensor, ...], impl: str) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-    outs = every(op(*leaves, impl))
-    loss = sum((normal(*out.shape, seed=2).to(out) * out).sum() for out in outs)
-    return [*outs, *torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])]
+    return both_ways(op, leaves_of(inputs), impl, douts_of(op, inputs, impl))
+
+
+def doubled(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.double() if x.is_floating_point() else x for x in inputs)
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=lambda d: str(d)[6:])
@@ -77,8 +104,7 @@ def run(op: Op, inputs: tuple[Tensor, ...], impl: str) -> list[Tensor]:
 def test_matches_the_float64_reference(name, dtype):
     op, make = OPS[name]
     inputs = make(dtype)
-    wide = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    actual, truth = run(op, inputs, "cuda"), run(op, wide, "reference")
+    actual, truth = run(op, inputs, "cuda"), run(op, doubled(inputs), "reference")
     for a, e in zip(actual, truth, strict=True):
         assert (a.double() - e).norm() <= LIMIT[dtype] * e.norm() + 1e-7, name
     again = run(op, inputs, "cuda")
@@ -98,24 +124,49 @@ def test_on_a_side_stream(name):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", LIMIT, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", ["linear_bn_relu", "patch_embed"])
+def test_relu(name, dtype):
+    """Where the rounding of a low precision cannot decide on which side of the kink a value is."""
+    op, make = OPS[name]
+    inputs = make(dtype)
+    before = op(*doubled(inputs), "reference")
+    clear = before.abs() > 0.05 * before.std()
+    results = []
+    for x, impl in ((inputs, "cuda"), (doubled(inputs), "reference")):
+        leaves = leaves_of(x)
+        out = op(*leaves, impl, relu=True)
+        dout = normal(*out.shape, seed=2).to(out) * clear
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        results.append([out * clear, *torch.autograd.grad(out, wanted, dout)])
+    for a, e in zip(*results, strict=True):
+        assert (a.double() - e).norm() <= LIMIT[dtype] * e.norm() + 1e-7, name
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_in_a_cuda_graph(name):
+    """Forward and backward, captured once, on inputs that change between replays."""
     op, make = OPS[name]
-    inputs = make(torch.bfloat16)
     if name == "tcr":
         pytest.skip("the library's batched Cholesky may wait for the device")
+    leaves = leaves_of(make(torch.bfloat16))
+    douts = douts_of(op, tuple(leaves), "cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
+    with torch.cuda.stream(stream):
         for _ in range(3):
-            expected = every(op(*inputs, "cuda"))
+            both_ways(op, leaves, "cuda", douts)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        actual = every(op(*inputs, "cuda"))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    with torch.cuda.graph(graph):
+        actual = both_ways(op, leaves, "cuda", douts)
+    for _ in range(2):
+        with torch.no_grad():
+            leaves[0].copy_(leaves[0].flip(1))
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = both_ways(op, leaves, "cuda", douts)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_autocast_keeps_statistics_in_float32():
@@ -170,3 +221,28 @@ def test_patch_views_have_the_pixels_of_the_reference(size, interpolation):
     actual = ops.patch_views([x.cuda() for x in images], params, **options, impl="cuda").cpu()
     wrong = (actual.int() - expected.int()).abs()
     assert wrong.max() <= 1 and (wrong > 0).double().mean() < 0.002
+
+
+@pytest.mark.parametrize("side", [32, 300])
+def test_bags_cut_on_the_device_are_those_of_the_loader(side):
+    """The whole way: pinned ring, a stream ahead, images cut there; two epochs, buffers growing."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (24, side, side + 8, 3), dtype=np.uint8)
+    options = {
+        "batch_size": 8,
+        "patches": 5,
+        "augment": Augment(size=16, scale=(0.1, 0.5), solarize_prob=0.5, blur_prob=0.5),
+        "dtype": "uint8",
+        "pin_memory": True,
+    }
+    device = torch.device("cuda")
+    with (
+        BagLoader(images, **options) as host,
+        BagLoader(images, views="device", **options) as sent,
+    ):
+        for _ in range(2):
+            expected = [batch.patches.clone() for batch in host]
+            actual = [patches.clone() for patches in ahead(sent, device)]
+            for a, e in zip(actual, expected, strict=True):
+                wrong = (a.cpu().int() - e.int()).abs()
+                assert wrong.max() <= 1 and (wrong > 0).double().mean() < 0.002

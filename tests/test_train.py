@@ -152,6 +152,19 @@ class TestRun:
         _, run_dir = start(DENSE, "run", "--max_images", "17")
         assert final(run_dir)["step"] == 2 * EPOCHS  # of 8 images each, the 17th left over
 
+    def test_where_patches_are_cut_changes_nothing(self, start):
+        flags = ["--epochs", "1", "--loader.views"]
+        (_, host), (_, device) = (start(PATCHES, v, *flags, v) for v in ("host", "device"))
+        assert_bitwise_equal(final(host)["model"], final(device)["model"])
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("recipe", [DENSE, PATCHES], ids=["dense", "patches"])
+    @pytest.mark.parametrize("views", ["host", "device"])
+    def test_on_a_gpu(self, start, recipe, views):
+        status, run_dir = start(recipe, "run", "--device", "cuda", "--loader.views", views)
+        assert status == 0 and final(run_dir)["step"] == STEPS_PER_EPOCH * EPOCHS
+        assert all(np.isfinite(r["loss"]) for r in records(run_dir))
+
     def test_tells_which_images_were_skipped(self, start, tmp_path):
         from PIL import Image
 

@@ -1,8 +1,18 @@
 """Images in, bags of patches out: `open_source` finds the images, `BagLoader` makes the batches."""
 
 from bagssl_fast.augment import Augment
+from bagssl_fast.data.batch import Batch, ImageBatch
 from bagssl_fast.data.decoding import MAX_PIXELS, ImageError
-from bagssl_fast.data.loader import BagLoader, Batch
+from bagssl_fast.data.loader import BagLoader
 from bagssl_fast.data.source import Source, open_source
 
-__all__ = ["MAX_PIXELS", "Augment", "BagLoader", "Batch", "ImageError", "Source", "open_source"]
+__all__ = [
+    "MAX_PIXELS",
+    "Augment",
+    "BagLoader",
+    "Batch",
+    "ImageBatch",
+    "ImageError",
+    "Source",
+    "open_source",
+]

@@ -6,7 +6,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,37 +16,11 @@ from torch import Tensor
 
 from bagssl_fast._extension import _C
 from bagssl_fast.augment import Augment
+from bagssl_fast.data.batch import DTYPES, TABLE, Batch, ImageBatch, device_options
 from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image
 from bagssl_fast.data.order import batch_ends, epoch_rows, num_batches
 from bagssl_fast.data.source import Source, check_on_error, open_source
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "uint8": torch.uint8,
-}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch of a rank.
-
-    Attributes:
-        patches: [P, B, 3, h, w]; in memory [P, B, h, w, 3], so that every [P * B, 3, h, w] is
-            channels-last.
-        labels: Class per image, int64 [B]; -1 where the source has no labels.
-        index: Place in the data set per image, int64 [B]; the replacement's for an image that
-            could not be decoded.
-    """
-
-    patches: Tensor
-    labels: Tensor
-    index: Tensor
-
-    def clone(self) -> Batch:
-        """A copy that stays as it is, however many batches follow."""
-        return Batch(self.patches.clone(), self.labels.clone(), self.index.clone())
+from bagssl_fast.ops import RaggedImages
 
 
 class BagLoader:
@@ -79,6 +53,8 @@ class BagLoader:
         pin_memory: Batches in page-locked memory, for copies to a GPU; nothing without CUDA.
         indices: Places in the data set to use; all by default.
         max_pixels: Larger images count as bad, before memory is set aside for them.
+        views: Where patches are cut: "host" (by the threads), or "device": batches then are
+            `ImageBatch`, and `batch.to(device).patches` cuts there. The views are the same.
         fast_decode: Decode JPEG at 1/2, 1/4 or 1/8 where every patch of an image needs no more
             pixels than that. Faster on large files, but pixels and crop edges change slightly.
 
@@ -108,6 +84,7 @@ class BagLoader:
         pin_memory: bool = False,
         indices: ArrayLike | None = None,
         max_pixels: int = MAX_PIXELS,
+        views: str = "host",
         fast_decode: bool = False,
     ) -> None:
         self.source = open_source(source)
@@ -118,6 +95,7 @@ class BagLoader:
         self.rank, self.world_size = rank, world_size
         check_on_error(on_error)
         self._check_arguments(dtype, num_threads, batches_ahead, max_pixels)
+        self._options = None if views == "host" else device_options(self.augments, views, dtype)
         self._indices = self._check_indices(indices)
         self._len = num_batches(len(self._indices), batch_size * world_size, drop_last)
         if self._len == 0:
@@ -130,12 +108,14 @@ class BagLoader:
 
         size = self.augments[0].size
         self._shape = (size, size, 3)
-        count = patches * batch_size * size * size * 3
-        pinned = pin_memory and torch.cuda.is_available()
-        self._slots = [
-            torch.empty(count, dtype=DTYPES[dtype], pin_memory=pinned)
-            for _ in range(batches_ahead + _C.HELD_BATCHES)
-        ]
+        self._pinned = pin_memory and torch.cuda.is_available()
+        ring = range(batches_ahead + _C.HELD_BATCHES)
+        if self._options is None:
+            count, kind = patches * batch_size * size * size * 3, DTYPES[dtype]
+        else:
+            count, kind = batch_size * (patches * 64 + 16), torch.uint8  # tables of views
+        self._slots = [torch.empty(count, dtype=kind, pin_memory=self._pinned) for _ in ring]
+        self._pixels = [torch.empty(0, dtype=torch.uint8) for _ in ring]  # grow as images come
         self._native: _C.Loader | None = _C.Loader(
             source=self.source.native,
             augments=self.augments,
@@ -148,10 +128,11 @@ class BagLoader:
             skip_bad=on_error == "skip",
             dct_scaling=fast_decode,
             max_pixels=max_pixels,
+            cut=self._options is None,
             slots=[slot.data_ptr() for slot in self._slots],
             subset=np.unique(self._indices),
             decoder=decode_image,
-            owner=self._slots,
+            owner=(self._slots, self._pixels),
         )
         # Ends the threads before the interpreter, whose lock they may need, is gone.
         self._finalizer = weakref.finalize(self, self._native.stop)
@@ -219,7 +200,7 @@ class BagLoader:
         """Batches of an epoch, the same on every rank."""
         return self._len
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | ImageBatch]:
         native = self._open_native()
         self._iteration += 1
         self._step, self._begin = self._begin, 0
@@ -230,7 +211,7 @@ class BagLoader:
         native.start(self._epoch, rows, ends, self._step)
         return _Epoch(self, native, self._iteration)
 
-    def _take(self, native: _C.Loader, iteration: int) -> Batch:
+    def _take(self, native: _C.Loader, iteration: int) -> Batch | ImageBatch:
         if self._iteration != iteration:
             raise RuntimeError("this iteration ended when another one of its loader began")
         begin = time.perf_counter()
@@ -243,20 +224,36 @@ class BagLoader:
         self._step += 1
         return batch
 
-    def _wrap(self, slot: int, index: NDArray[np.int64], bad: int, reason: str) -> Batch:
+    def _wrap(
+        self, slot: int, index: NDArray[np.int64], pixels: int, bad: int, reason: str
+    ) -> Batch | ImageBatch:
         if bad >= 0:
             raise ImageError(self.source.name(bad), reason)
+        if self.source.labels is None:
+            labels = torch.full((len(index),), -1, dtype=torch.int64)
+        else:
+            labels = torch.from_numpy(self.source.labels[index])
+        rest = (labels, torch.from_numpy(index))
+        if self._options is not None:
+            images, params = self._images(slot, len(index), pixels)
+            return ImageBatch(images, params, *rest, self._options)
         shape = (self.patches, len(index), *self._shape)
         flat = self._slots[slot][: int(np.prod(shape))]
-        if self.source.labels is None:
-            labels = np.full(len(index), -1, np.int64)
-        else:
-            labels = self.source.labels[index]
-        return Batch(
-            flat.view(shape).permute(0, 1, 4, 2, 3),
-            torch.from_numpy(labels),
-            torch.from_numpy(index),
+        return Batch(flat.view(shape).permute(0, 1, 4, 2, 3), *rest)
+
+    def _images(self, slot: int, rows: int, pixels: int) -> tuple[RaggedImages, Tensor]:
+        """The images and the views of a batch: views of the slot's memory."""
+        if pixels > len(self._pixels[slot]):
+            roomy = torch.empty(pixels + pixels // 8, dtype=torch.uint8, pin_memory=self._pinned)
+            self._open_native().move_pixels(slot, roomy.data_ptr(), len(roomy))
+            self._pixels[slot] = roomy
+        ends = np.cumsum([self.patches * rows * 64, rows * 8, rows * 4, rows * 4]).tolist()
+        params, offsets, heights, widths = (
+            self._slots[slot][begin:end].view(kind)
+            for begin, end, kind in zip([0, *ends], ends, TABLE, strict=False)
         )
+        images = RaggedImages(self._pixels[slot][:pixels], offsets, heights, widths)
+        return images, params.view(self.patches, rows, 16)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next iteration.
@@ -323,7 +320,7 @@ class BagLoader:
             self._last_skipped = self._native.skipped
             self._finalizer()
             self._native = None
-            self._slots = []
+            self._slots, self._pixels = [], []
             self._iteration += 1
 
     def __enter__(self) -> BagLoader:
@@ -348,7 +345,7 @@ class _Epoch:
     def __iter__(self) -> _Epoch:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch | ImageBatch:
         if self._ended:
             raise StopIteration
         try:

@@ -181,3 +181,24 @@ def test_bad_images():
     ]:
         with pytest.raises(ValueError, match=message):
             patch_views(images, params, size=8, **PLAIN)
+
+
+def test_images_that_a_loader_hands_over():
+    import numpy as np
+
+    from bagssl_fast import ops
+    from bagssl_fast.augment import Augment
+    from bagssl_fast.data import BagLoader
+
+    images = torch.stack(photos([(20, 26)] * 3)).numpy()
+    options = {"batch_size": 3, "patches": 2, "augment": Augment(size=8), "num_threads": 1}
+    kinds = [BagLoader(np.ascontiguousarray(images), views=v, dtype="uint8", **options)
+             for v in ("host", "device")]  # fmt: skip
+    with kinds[0] as host, kinds[1] as device:
+        expected, batch = next(iter(host)).patches, next(iter(device))
+        actual = ops.patch_views(batch.images, batch.params, **batch.options, impl="cuda")
+    wrong = (actual.int() - expected.int()).abs()
+    assert wrong.max() <= 1 and (wrong > 0).double().mean() < 0.01
+    with pytest.raises(ValueError, match="offsets int64"):
+        patch_views(batch.images._replace(offsets=batch.images.heights), batch.params, size=8,
+                    **PLAIN)  # fmt: skip
