@@ -91,3 +91,25 @@ def patch_views(
     dtype: str = "float32",
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]: ...
+def bag_pool(
+    x: NDArray[Any],
+    *,
+    mean: NDArray[Any],
+    distance: NDArray[Any] | None = None,
+    norm: NDArray[Any] | None = None,
+    dot: NDArray[Any] | None = None,
+    num_threads: int = 0,
+) -> None: ...
+def bag_pool_backward(
+    x: NDArray[Any],
+    *,
+    dx: NDArray[Any],
+    dmean: NDArray[Any],
+    mean: NDArray[Any],
+    of_x: NDArray[Any] | None = None,
+    of_mean: NDArray[Any] | None = None,
+    weight: NDArray[Any] | None = None,
+    direction: NDArray[Any] | None = None,
+    unit_scale: NDArray[Any] | None = None,
+    num_threads: int = 0,
+) -> None: ...
