@@ -312,6 +312,35 @@ def _check_dense(net: PatchNet | PatchMLP, images: Tensor, stride: int) -> None:
 # --- ResNets and timm models ----------------------------------------------------------------------
 
 
+class Conv3x3(nn.Conv2d):
+    """An `nn.Conv2d` of 3x3 with stride 1, padding 1 and no bias that runs as `ops.conv3x3`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[N, C, H, W]` -> `[N, K, H, W]`."""
+        return ops.conv3x3(x, self.weight)
+
+
+def fast_convolutions(net: nn.Module) -> nn.Module:
+    """Lets the convolutions that `Conv3x3` serves run as such, in place.
+
+    Parameters, their names and the memory they lie in stay as they are.
+    """
+    for conv in net.modules():
+        if type(conv) is nn.Conv2d and _is_plain_3x3(conv):
+            conv.__class__ = Conv3x3
+    return net
+
+
+def _is_plain_3x3(conv: nn.Conv2d) -> bool:
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.padding == conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and conv.bias is None
+    )
+
+
 class ImageBackbone(nn.Module):
     """Wraps a network `[N, 3, h, w] -> [N, F]` with the attributes a backbone has here."""
 
@@ -387,7 +416,7 @@ def _torchvision_resnet(
         net.maxpool = nn.Identity()
     feature_dim = net.fc.in_features
     net.fc = nn.Identity()
-    return ImageBackbone(net, patch_size, feature_dim)
+    return ImageBackbone(fast_convolutions(net), patch_size, feature_dim)
 
 
 def _timm_model(

@@ -9,7 +9,7 @@ what an implementation does not support is a ValueError, and `impl="reference"` 
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ DISPATCH: dict[str, tuple[str, str | None, str | None]] = {
     # op               reference    cpu    cuda (Triton)
     "patch_views": ("reference", "cpu", "kernels"),
     "patch_embed": ("reference", "cpu", "kernels"),
+    "conv3x3": ("reference", "cpu", None),  # cuda: cuDNN, as the reference
     "linear_bn_relu": ("reference", None, "kernels"),
     "vicreg": ("reference", "cpu", "kernels"),
     "tcr": ("reference", "cpu", "kernels"),
@@ -176,6 +177,36 @@ def patch_embed(
             )
     run = _implementation(op, impl, images)
     return run(images, weight, bias, positions, mean=mean, std=std, relu=relu)
+
+
+def conv3x3(x: Tensor, weight: Tensor, *, impl: str | None = None) -> Tensor:
+    """A 3x3 convolution with stride 1, padding 1 and no bias: `F.conv2d(x, weight, padding=1)`.
+
+    On a CPU, maps that are channels-last, float32 and large enough are convolved by Winograd's
+    F(4x4, 3x3), which needs a quarter of the multiply-adds: forward, dx and dweight. It samples a
+    tile of 6x6 pixels at a time: a NaN reaches every pixel of the 4x4 tiles that see it.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [K, C, 3, 3].
+        impl: "reference", "cpu" or "cuda"; by default what `table()` shows for the device.
+
+    Returns:
+        [N, K, H, W].
+
+    Raises:
+        ValueError: wrong rank, shape, dtype or device.
+    """
+    op = "conv3x3"
+    _check(op, "x", x, _FLOATS, 4, "[N, C, H, W]")
+    _check(op, "weight", weight, _FLOATS, 4, "[K, C, 3, 3]")
+    _check_same_device(op, x=x, weight=weight)
+    if tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
+        raise ValueError(
+            f"{op}: weight is {list(weight.shape)}, wanted [K, {x.shape[1]}, 3, 3] for x "
+            f"{list(x.shape)}"
+        )
+    return cast(Tensor, _implementation(op, impl, x)(x, weight))
 
 
 def linear_bn_relu(
@@ -414,7 +445,7 @@ def _load_for_compile() -> None:
     """Import what models use: torch.compile can look a function up, but not trace an import."""
     on_gpu = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
     cells = IMPLS if on_gpu else ("reference", "cpu")
-    for op in ("patch_embed", "linear_bn_relu", "vicreg", "tcr", "bag_pool"):
+    for op in ("patch_embed", "conv3x3", "linear_bn_relu", "vicreg", "tcr", "bag_pool"):
         for impl in cells:
             _load(op, _cell(op, impl))
 

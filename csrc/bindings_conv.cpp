@@ -32,9 +32,9 @@ WeightStrides weight_strides(const Floats& weight) {
   const auto stride = [&](int i) { return static_cast<int64_t>(weight.strides(i)) / 4; };
   if (weight.ndim() != 4 || weight.shape(2) != 3 || weight.shape(3) != 3 ||
       stride(2) != 3 * stride(3)) {
-    throw std::invalid_argument(
-        "conv3x3: weight is " + std::string(py::str(py::cast<py::tuple>(weight.attr("shape")))) +
-        "; wanted float32 [K, C, 3, 3], contiguous or channels-last");
+    throw std::invalid_argument("conv3x3: weight is " +
+                                std::string(py::str(py::cast<py::tuple>(weight.attr("shape")))) +
+                                "; wanted float32 [K, C, 3, 3], contiguous or channels-last");
   }
   return {stride(0), stride(1), stride(3)};
 }

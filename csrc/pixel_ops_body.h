@@ -1,6 +1,7 @@
 // The loops of pixel_ops.h. Included once per instruction set, each time with BAGSSL_OPS_TABLE
 // and BAGSSL_OPS_NAME set; hence no include guard and nothing from std.
 
+#include "floats.h"
 #include "pixel_ops_resize.h"
 
 namespace bagssl {
@@ -8,25 +9,9 @@ namespace {
 
 // ------------------------------------------------------------------------ vectors of floats
 
-#ifdef BAGSSL_V3
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 static_assert(kPlanePadding % kLanes == 0 && kWidthPadding % kLanes == 0, "no ragged tails");
 
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));  // also the masks of comparisons
-
-inline Floats load(const float* from) {
-  Floats x;
-  __builtin_memcpy(&x, from, sizeof(x));
-  return x;
-}
-
-inline void store(float* to, Floats x) { __builtin_memcpy(to, &x, sizeof(x)); }
-
-inline Floats splat(float x) { return x - Floats{}; }
 
 inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
 

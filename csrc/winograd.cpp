@@ -143,8 +143,7 @@ void convolve(const float* in, const float* weight, float* out, const ConvShape&
   const int64_t weight_points = odd_lines(cin * block);
   const Layout in_layout{odd_lines(chunk * cin_padded), kPanel, cin_padded};
   const Layout out_layout{odd_lines(chunk * block), kPanel, block};
-  float* weights =
-      workspace.take(kPoints * (weight_points + in_layout.points + out_layout.points));
+  float* weights = workspace.take(kPoints * (weight_points + in_layout.points + out_layout.points));
   float* inputs = weights + kPoints * weight_points;
   float* outputs = inputs + kPoints * in_layout.points;
 

@@ -113,8 +113,8 @@ inline void from_maps(const float* x, const Maps& maps, const Part& part, const 
   for (int64_t tile = part.first; tile < part.last; ++tile) {
     const Place at = place(maps, tile);
     const int64_t top = at.top - border, left = at.left - border;
-    const bool inside = top >= 0 && left >= 0 && top + kSize <= maps.height &&
-                        left + kSize <= maps.width;
+    const bool inside =
+        top >= 0 && left >= 0 && top + kSize <= maps.height && left + kSize <= maps.width;
     const float* corner = x + ((at.image * maps.height + top) * maps.width + left) * maps.channels +
                           part.first_channel;
     float* to_tile = out + (tile - part.first) * layout.tiles;
@@ -127,8 +127,8 @@ inline void from_maps(const float* x, const Maps& maps, const Part& part, const 
           continue;
         }
         for (int j = 0; j < kSize; ++j) {
-          const bool there = top + i >= 0 && top + i < maps.height && left + j >= 0 &&
-                             left + j < maps.width;
+          const bool there =
+              top + i >= 0 && top + i < maps.height && left + j >= 0 && left + j < maps.width;
           values[i * kSize + j] = there ? load_some(row + j * maps.channels, count) : Floats{};
         }
       }
@@ -158,8 +158,7 @@ void to_tiles(const float* points, const Layout& layout, const Maps& maps, const
     const Place at = place(maps, tile);
     const int64_t rows = maps.height - at.top < kTile ? maps.height - at.top : kTile;
     const int64_t columns = maps.width - at.left < kTile ? maps.width - at.left : kTile;
-    float* corner = y +
-                    ((at.image * maps.height + at.top) * maps.width + at.left) * maps.channels +
+    float* corner = y + ((at.image * maps.height + at.top) * maps.width + at.left) * maps.channels +
                     part.first_channel;
     const float* of_tile = points + (tile - part.first) * layout.tiles;
     for (int64_t c = 0; c < channels; c += kLanes) {
@@ -208,16 +207,16 @@ constexpr int kRows = 4;  // 8 sums of 8 lanes hide the latency of 5, and 16 reg
 constexpr int kRows = 2;
 #endif
 
+// Sums are taken over so many steps, then added to what is there: pieces of a sum lose fewer digits
+// than one long chain, and a piece of a panel stays in the nearest cache.
+constexpr int64_t kSteps = 128;
+
 template <int kCount>
-inline void rows_of_product(const Product& p, const float* a, const float* b, float* out) {
-  Floats sums[kCount][kVectors];
-  for (int r = 0; r < kCount; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      sums[r][v] = p.accumulate ? load(out + r * p.out_row + v * kLanes) : Floats{};
-    }
-  }
+inline void rows_of_product(const Product& p, const float* a, const float* b, int64_t steps,
+                            bool accumulate, float* out) {
+  Floats sums[kCount][kVectors] = {};
   const int64_t a_row = p.a_row, a_step = p.a_step;
-  for (int64_t s = 0; s < p.steps; ++s) {
+  for (int64_t s = 0; s < steps; ++s) {
     Floats right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
     for (int r = 0; r < kCount; ++r) {
@@ -227,22 +226,31 @@ inline void rows_of_product(const Product& p, const float* a, const float* b, fl
     b += kPanel;
   }
   for (int r = 0; r < kCount; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(out + r * p.out_row + v * kLanes, sums[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = out + r * p.out_row + v * kLanes;
+      store(to, accumulate ? load(to) + sums[r][v] : sums[r][v]);
+    }
   }
 }
 
 void product(const Product& p) {
   for (int64_t panel = 0; panel < p.panels; ++panel) {
-    const float* b = p.b + panel * p.b_panel;
-    int64_t row = 0;
-    const auto a_at = [&](int64_t r) {
-      return p.a + r / p.rows_in_panel * p.a_panel + r % p.rows_in_panel * p.a_row;
-    };
-    for (; row + kRows <= p.rows; row += kRows) {
-      rows_of_product<kRows>(p, a_at(row), b, p.out + row * p.out_row + panel * kPanel);
-    }
-    for (; row < p.rows; ++row) {
-      rows_of_product<1>(p, a_at(row), b, p.out + row * p.out_row + panel * kPanel);
+    for (int64_t first = 0; first < p.steps; first += kSteps) {
+      const int64_t steps = p.steps - first < kSteps ? p.steps - first : kSteps;
+      const bool accumulate = p.accumulate || first > 0;
+      const float* b = p.b + panel * p.b_panel + first * kPanel;
+      float* out = p.out + panel * kPanel;
+      const auto a_at = [&](int64_t r) {
+        return p.a + first * p.a_step + r / p.rows_in_panel * p.a_panel +
+               r % p.rows_in_panel * p.a_row;
+      };
+      int64_t row = 0;
+      for (; row + kRows <= p.rows; row += kRows) {
+        rows_of_product<kRows>(p, a_at(row), b, steps, accumulate, out + row * p.out_row);
+      }
+      for (; row < p.rows; ++row) {
+        rows_of_product<1>(p, a_at(row), b, steps, accumulate, out + row * p.out_row);
+      }
     }
   }
 }

@@ -6,10 +6,10 @@
 
 namespace bagssl {
 
-constexpr int kTile = 4;                     ///< outputs of a tile, along one side
-constexpr int kWindow = 6;                   ///< inputs of a tile, along one side
-constexpr int kPoints = kWindow * kWindow;   ///< numbers a tile becomes, and matrix products
-constexpr int kPanel = 16;                   ///< channels that are worked on together
+constexpr int kTile = 4;                    ///< outputs of a tile, along one side
+constexpr int kWindow = 6;                  ///< inputs of a tile, along one side
+constexpr int kPoints = kWindow * kWindow;  ///< numbers a tile becomes, and matrix products
+constexpr int kPanel = 16;                  ///< channels that are worked on together
 
 /// Maps in memory, [n, height, width, channels], and the tiles they are cut into, numbered image
 /// by image, row by row.
