@@ -166,10 +166,10 @@ def draw(context: Context, scores: dict[str, list[Scores]], best: int) -> Figure
                 ("central crop", f"mean of {best} patches") if row == 0 else None,
             )
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [""] * len(names))
-        axis.invert_yaxis()
+        axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_xlabel("test accuracy, %")
         axis.set_title(PROBE_NAMES[probe])
-    axes[0].legend(loc="lower right")
+    figures.legend(figure, axes[0], 4)
     return figures.save(
         figure,
         context.out,

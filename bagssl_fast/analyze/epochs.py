@@ -191,7 +191,7 @@ def table(context: Context, grids: dict[str, Grid]) -> Table:
 
 def draw(context: Context, grids: dict[str, Grid]) -> Figure:
     """Accuracy against P, a line per mode and loss."""
-    figure, axes = figures.panels(1, 2, 4.2, 3.2)
+    figure, axes = figures.panels(1, 2, 4.2, 3.4)
     counts = numbers_of_patches(context)
     for axis, probe in zip(axes, PROBES, strict=True):
         for (name, grid), style in zip(grids.items(), ("-", "--"), strict=False):
@@ -212,7 +212,7 @@ def draw(context: Context, grids: dict[str, Grid]) -> Figure:
         figures.patch_axis(axis, counts, "patches per image and step, P")
         axis.set_ylabel("test accuracy, %")
         axis.set_title(PROBE_NAMES[probe])
-    axes[0].legend()
+    figures.legend(figure, axes[0], 2)
     return figures.save(
         figure,
         context.out,

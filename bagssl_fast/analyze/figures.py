@@ -39,10 +39,10 @@ def panels(rows: int = 1, columns: int = 1, width: float = 3.6, height: float = 
         from matplotlib import pyplot
     except ImportError as error:
         raise ValueError("the figures need matplotlib: pip install 'bagssl_fast[demo]'") from error
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(
-            rows, columns, figsize=(width * columns, height * rows), squeeze=False
-        )
+    pyplot.rcParams.update(STYLE)  # legends and texts that are added later want it too
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False
+    )
     return figure, list(axes.flat)
 
 
@@ -53,6 +53,12 @@ def save(figure: Any, out: Path, name: str, title: str, caption: str) -> Figure:
     figure.savefig(out / f"{name}.png", dpi=DPI, metadata={"Software": None})
     pyplot.close(figure)
     return Figure(title, f"{name}.png", caption)
+
+
+def legend(figure: Any, axis: Any, columns: int = 3) -> None:
+    """One legend for all axes, below them, of what one of them shows."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def patch_axis(axis: Any, counts: Sequence[int], label: str = "patches per bag") -> None:

@@ -185,7 +185,7 @@ def table(found: dict[str, list[Curves]], counts: list[int]) -> Table:
 
 def draw(context: Context, found: dict[str, list[Curves]], counts: list[int]) -> Figure:
     """Plain cosine, centred cosine, retrieval, against N."""
-    figure, axes = figures.panels(1, 3, 3.6, 3.1)
+    figure, axes = figures.panels(1, 3, 3.4, 3.2)
     colours = {TRAINED: figures.WHOLE, FIXED: figures.PATCHES, RANDOM: figures.RANDOM}
     titles = ("cosine", "cosine of centred features", "own image is the nearest")
     pairs = (("own", "other"), ("centred", "centred other"), ("found", None))
@@ -198,7 +198,7 @@ def draw(context: Context, found: dict[str, list[Curves]], counts: list[int]) ->
         axis.set_title(title)
         axis.set_ylim(min(-0.1, axis.get_ylim()[0]), 1.02)
     axes[0].plot([], [], ":", color="#555555", label="patches of another image")
-    axes[0].legend(loc="lower right")
+    figures.legend(figure, axes[0], 4)
     return figures.save(
         figure,
         context.out,

@@ -190,7 +190,7 @@ def draw_counts(
     random: list[Scores],
 ) -> Figure:
     """Accuracy against patches per bag, a line per patch size."""
-    figure, axes = figures.panels(1, 2, 4.2, 3.2)
+    figure, axes = figures.panels(1, 2, 4.2, 3.4)
     shades = figures.shades(len(fixed))
     for axis, probe in zip(axes, PROBES, strict=True):
         for (side, scores), colour in zip(fixed.items(), shades, strict=True):
@@ -201,7 +201,7 @@ def draw_counts(
         figures.patch_axis(axis, curve(next(iter(fixed.values())), "h", probe)[0])
         axis.set_ylabel("test accuracy, %")
         axis.set_title(PROBE_NAMES[probe])
-    axes[0].legend()
+    figures.legend(figure, axes[0])
     return figures.save(
         figure,
         context.out,
@@ -215,7 +215,7 @@ def draw_counts(
 
 def draw_layers(context: Context, fixed: dict[float, list[Scores]], multi: list[Scores]) -> Figure:
     """Embedding against projection, for the main size."""
-    figure, axes = figures.panels(1, 2, 4.2, 3.2)
+    figure, axes = figures.panels(1, 2, 4.2, 3.4)
     layers = (("h", "embedding", figures.PATCHES), ("z", "projection", figures.OTHER))
     for axis, probe in zip(axes, PROBES, strict=True):
         for layer, name, colour in layers:
@@ -226,7 +226,7 @@ def draw_layers(context: Context, fixed: dict[float, list[Scores]], multi: list[
         figures.patch_axis(axis, curve(fixed[MAIN_SIDE], "h", probe)[0])
         axis.set_ylabel("test accuracy, %")
         axis.set_title(f"{PROBE_NAMES[probe]}, {side_name(MAIN_SIDE)}")
-    axes[0].legend()
+    figures.legend(figure, axes[0])
     return figures.save(
         figure,
         context.out,
