@@ -39,6 +39,7 @@ class OpCase:
         quick: whether `--quick` and pytest-benchmark run it.
         tolerance: largest relative L2 distance of a result to the peer's.
         parity: builds what parity is checked on, where that is not what is timed.
+        memory: whether peak memory is compared.
     """
 
     id: str
@@ -51,6 +52,7 @@ class OpCase:
     quick: bool = True
     tolerance: float = 1e-5
     parity: Build | None = None
+    memory: bool = True
 
 
 def gradients(loss: Tensor, *wrt: Tensor) -> list[Tensor]:
@@ -88,7 +90,7 @@ def main(bench: str, doc: str | None, cases: Sequence[OpCase], build: Build) -> 
         print_shares(report, case, min(t.wall for t in times[OURS]), speeds)
         results = sum(x.numel() * x.element_size() for x in calls[OURS]()) / 2**20
         del calls
-        if not options.no_memory:
+        if case.memory and not options.no_memory:
             for name in providers:
                 if name != COMPILED:
                     peak = peak_memory(build_in_child, build, name, case.id, options.threads)

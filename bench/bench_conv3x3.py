@@ -1,7 +1,8 @@
 """conv3x3: the four 3x3 layers of ResNet-18 on patches of 32x32, beside torch's convolution.
 
 64 patches in channels-last memory, forward and backward to x and weight; torch is oneDNN on a CPU.
-Parity is checked against torch in float64.
+Parity is checked against torch in float64. Memory is not compared: ours keeps what it works in (up
+to 20 MiB) from call to call, which a peak above a warm call would not show.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ CASES = [
         flops=3 * 2 * 36 * BATCH * (side // 4) ** 2 * channels**2,
         tolerance=2e-6,
         parity=parity,
+        memory=False,
         quick=side in (32, 4),
     )
     for case_id, (channels, side) in SHAPES.items()
