@@ -122,3 +122,37 @@ def bag_pool_backward(
     unit_scale: NDArray[Any] | None = None,
     num_threads: int = 0,
 ) -> None: ...
+def patch_grid(
+    pixels: NDArray[Any],
+    *,
+    down: tuple[Any, ...],
+    across: tuple[Any, ...],
+    slots: NDArray[np.int64],
+    weight: NDArray[Any],
+    bias: NDArray[Any] | None = None,
+    relu: bool,
+    y: NDArray[Any],
+    num_threads: int = 0,
+) -> None: ...
+def patch_grid_backward(
+    pixels: NDArray[Any],
+    *,
+    down: tuple[Any, ...],
+    across: tuple[Any, ...],
+    slots: NDArray[np.int64],
+    dy: NDArray[Any],
+    y: NDArray[Any] | None = None,
+    dweight: NDArray[Any],
+    dbias: NDArray[Any],
+    num_threads: int = 0,
+) -> None: ...
+def patch_rows(
+    pixels: NDArray[np.uint8],
+    *,
+    offsets: NDArray[np.int64],
+    lines: int,
+    stride: int,
+    center: int,
+    out: NDArray[Any],
+    num_threads: int = 0,
+) -> None: ...

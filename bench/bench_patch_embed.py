@@ -20,12 +20,15 @@ MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 SHAPES = {
     "256 patches 16x16 of 32x32, B64 M256": (64, 32, 16, 256, "grid"),
     "256 patches anywhere, B64 M256": (64, 32, 16, 256, "anywhere"),
+    "256 patches anywhere in each image, B64 M256": (64, 32, 16, 256, "each"),
     "625 patches 8x8 of 32x32, B64 M128": (64, 32, 8, 128, "grid"),
 }
 
 
 def positions_of(case_id: str) -> Tensor:
-    _, side, patch, _, kind = SHAPES[case_id]
+    batch, side, patch, _, kind = SHAPES[case_id]
+    if kind == "each":
+        return torch.randint(0, side - patch + 1, (256, batch, 2))
     count = 16 if patch == 16 else side - patch + 1
     grid = torch.cartesian_prod(torch.arange(count), torch.arange(count))
     return grid if kind == "grid" else grid[torch.randperm(len(grid))]
@@ -45,7 +48,11 @@ def unfold(images: Tensor, weight: Tensor, bias: Tensor, positions: Tensor) -> T
 def indexing(images: Tensor, weight: Tensor, bias: Tensor, positions: Tensor) -> Tensor:
     height, width = weight.shape[2:]
     windows = normalised(images).unfold(2, height, 1).unfold(3, width, 1).permute(2, 3, 0, 1, 4, 5)
-    patches = windows[positions[:, 0], positions[:, 1]].flatten(2)  # [P, B, C h w]
+    if positions.dim() == 2:
+        patches = windows[positions[:, 0], positions[:, 1]]
+    else:
+        patches = windows[positions[..., 0], positions[..., 1], torch.arange(len(images))]
+    patches = patches.flatten(2)  # [P, B, C h w]
     return F.linear(patches, weight.flatten(1), bias)
 
 
@@ -73,10 +80,11 @@ def build(provider: str, case_id: str) -> Call:
     return call
 
 
-GRID, ANYWHERE, SMALL = SHAPES
+GRID, ANYWHERE, EACH, SMALL = SHAPES
 CASES = [
     OpCase(GRID, (UNFOLD, COMPILED), {UNFOLD: 3}, {UNFOLD: 10}),
-    OpCase(ANYWHERE, (INDEX,), flops=4 * 256 * 64 * 768 * 256),
+    OpCase(ANYWHERE, (INDEX,)),
+    OpCase(EACH, (INDEX,), flops=4 * 256 * 64 * 768 * 256),
     OpCase(SMALL, (UNFOLD, COMPILED)),
 ]
 

@@ -7,8 +7,11 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "bag_pool.h"
+#include "patch_grid.h"
+#include "patch_rows.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -26,9 +29,8 @@ template <typename T>
 const T* input(const char* what, const Optional<T>& array, int64_t size) {
   if (!array) return nullptr;
   if (array->size() != size || (array->flags() & py::array::c_style) == 0) {
-    throw std::invalid_argument(std::string("bag_pool: ") + what + " has " +
-                                std::to_string(array->size()) + " values; wanted " +
-                                std::to_string(size) + ", contiguous");
+    throw std::invalid_argument(std::string(what) + " has " + std::to_string(array->size()) +
+                                " values; wanted " + std::to_string(size) + ", contiguous");
   }
   return array->data();
 }
@@ -107,11 +109,156 @@ void register_bag_pool(py::module_& m) {
         "Writes dx [P, B, D]; the factors are those of csrc/bag_pool.h.");
 }
 
+/// Cosines [D, half + 1], sines [D, half], distance [count], sign [count].
+template <typename T>
+using Axis = std::tuple<Array<T>, Array<T>, Array<int64_t>, Array<T>>;
+
+template <typename T>
+PatchAxis<T> axis_of(const Axis<T>& axis) {
+  const auto& [cosines, sines, distance, sign] = axis;
+  if (cosines.ndim() != 2 || cosines.shape(1) < 1) {
+    throw std::invalid_argument("patch_grid: cosines are no matrix [distances, half + 1]");
+  }
+  const int64_t distances = cosines.shape(0), half = cosines.shape(1) - 1, count = distance.size();
+  PatchAxis<T> out = {count,
+                      half,
+                      distances,
+                      input<T>("cosines", cosines, distances * (half + 1)),
+                      input<T>("sines", sines, distances * half),
+                      input<int64_t>("distance", distance, count),
+                      input<T>("sign", sign, count)};
+  for (int64_t i = 0; i < count; ++i) {
+    if (out.distance[i] < 0 || out.distance[i] >= distances) {
+      throw std::invalid_argument("patch_grid: distance number " + std::to_string(out.distance[i]) +
+                                  " of " + std::to_string(distances));
+    }
+  }
+  return out;
+}
+
+/// The grid of pixels [B, F, V, 2, C], slots [T, L] and results [P, B, M].
+template <typename T>
+PatchGrid<T> grid_of(const Array<T>& pixels, const Axis<T>& down, const Axis<T>& across,
+                     const Array<int64_t>& slots, const Array<T>& y) {
+  constexpr auto kSize = static_cast<py::ssize_t>(sizeof(T));
+  if (pixels.ndim() != 5 || y.ndim() != 3 || y.shape(1) != pixels.shape(0) ||
+      (y.shape(2) > 1 && y.strides(2) != kSize)) {
+    throw std::invalid_argument(
+        "patch_grid: wanted pixels [B, F, V, 2, C] and results [P, B, M] with packed rows");
+  }
+  PatchGrid<T> grid = {};
+  grid.down = axis_of<T>(down);
+  grid.across = axis_of<T>(across);
+  grid.batch = pixels.shape(0);
+  grid.channels = pixels.shape(4);
+  grid.out_dim = y.shape(2);
+  const int64_t frequencies = (grid.across.half + 1) * (2 * grid.down.half + 1);
+  grid.pixels = input<T>("pixels", pixels, grid.batch * frequencies * 2 * grid.channels);
+  grid.slots = input<int64_t>("slots", slots, grid.down.count * grid.across.count);
+  for (int64_t i = 0; i < slots.size(); ++i) {
+    if (grid.slots[i] < -1 || grid.slots[i] >= y.shape(0)) {
+      throw std::invalid_argument("patch_grid: slot " + std::to_string(grid.slots[i]) + " of " +
+                                  std::to_string(y.shape(0)));
+    }
+  }
+  grid.patch_stride = y.strides(0) / kSize;
+  grid.image_stride = y.strides(1) / kSize;
+  return grid;
+}
+
+template <typename T>
+int64_t weight_size(const PatchGrid<T>& grid) {
+  return (grid.across.half + 1) * (2 * grid.down.half + 1) * 2 * grid.channels * grid.out_dim;
+}
+
+template <typename T>
+void grid_forward(const Array<T>& pixels, const Axis<T>& down, const Axis<T>& across,
+                  const Array<int64_t>& slots, const Array<T>& weight, const Optional<T>& bias,
+                  bool relu, Array<T> y, int num_threads) {
+  const PatchGrid<T> grid = grid_of(pixels, down, across, slots, y);
+  const T* weight_data = input<T>("weight", weight, weight_size(grid));
+  const T* bias_data = input("bias", bias, grid.out_dim);
+  T* out = y.mutable_data();
+  py::gil_scoped_release release;
+  patch_grid(grid, weight_data, bias_data, relu, out, shared_pool(num_threads));
+}
+
+template <typename T>
+void grid_backward(const Array<T>& pixels, const Axis<T>& down, const Axis<T>& across,
+                   const Array<int64_t>& slots, const Array<T>& dy, const Optional<T>& y,
+                   Array<T> dweight, Array<T> dbias, int num_threads) {
+  const PatchGrid<T> grid = grid_of(pixels, down, across, slots, dy);
+  for (int i = 0; y && i < 3; ++i) {
+    if (y->ndim() != 3 || y->shape(i) != dy.shape(i) || y->strides(i) != dy.strides(i)) {
+      throw std::invalid_argument("patch_grid_backward: y is not laid out as dy");
+    }
+  }
+  Optional<T> weight_target = dweight, bias_target = dbias;
+  T* weight_out = output("dweight", weight_target, weight_size(grid));
+  T* bias_out = output("dbias", bias_target, grid.out_dim);
+  const T* result = y ? y->data() : nullptr;
+  py::gil_scoped_release release;
+  patch_grid_backward(grid, dy.data(), result, weight_out, bias_out, shared_pool(num_threads));
+}
+
+template <typename T>
+void register_patch_grid(py::module_& m) {
+  m.def("patch_grid", &grid_forward<T>, py::arg("pixels").noconvert(), py::kw_only(),
+        py::arg("down"), py::arg("across"), py::arg("slots").noconvert(),
+        py::arg("weight").noconvert(), py::arg("bias").noconvert() = py::none(), py::arg("relu"),
+        py::arg("y").noconvert(), py::arg("num_threads") = 0,
+        "Writes y [P, B, M]; the operands are those of csrc/patch_grid.h.");
+  m.def("patch_grid_backward", &grid_backward<T>, py::arg("pixels").noconvert(), py::kw_only(),
+        py::arg("down"), py::arg("across"), py::arg("slots").noconvert(), py::arg("dy").noconvert(),
+        py::arg("y").noconvert() = py::none(), py::arg("dweight").noconvert(),
+        py::arg("dbias").noconvert(), py::arg("num_threads") = 0,
+        "Adds to dweight [F, V, 2, C, M] and dbias [M].");
+}
+
+template <typename T>
+void cut_patch_rows(const Array<uint8_t>& pixels, const Array<int64_t>& offsets, int64_t lines,
+                    int64_t stride, int center, Array<T> out, int num_threads) {
+  const int64_t count = offsets.size();
+  Optional<T> target = out;
+  if (lines < 1 || count < 1 || out.size() % (count * lines) != 0) {
+    throw std::invalid_argument("patch_rows: wanted patches of whole lines");
+  }
+  const PatchRows rows = {input<uint8_t>("pixels", pixels, pixels.size()),
+                          input<int64_t>("offsets", offsets, count),
+                          count,
+                          lines,
+                          out.size() / (count * lines),
+                          stride,
+                          center};
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t end = rows.offsets[i] + (lines - 1) * stride + rows.length;
+    if (rows.offsets[i] < 0 || end > pixels.size()) {
+      throw std::invalid_argument("patch_rows: patch " + std::to_string(i) +
+                                  " lies outside of the pixels");
+    }
+  }
+  T* data = output("out", target, out.size());
+  py::gil_scoped_release release;
+  patch_rows(rows, data, shared_pool(num_threads));
+}
+
+template <typename T>
+void register_patch_rows(py::module_& m) {
+  m.def("patch_rows", &cut_patch_rows<T>, py::arg("pixels").noconvert(), py::kw_only(),
+        py::arg("offsets").noconvert(), py::arg("lines"), py::arg("stride"), py::arg("center"),
+        py::arg("out").noconvert(), py::arg("num_threads") = 0,
+        "Writes patches as rows of centred numbers; see csrc/patch_rows.h.");
+}
+
 }  // namespace
 
 void register_ops(py::module_& m) {
   register_bag_pool<float>(m);
   register_bag_pool<double>(m);
+  register_patch_grid<float>(m);
+  register_patch_grid<double>(m);
+  register_patch_rows<float>(m);
+  register_patch_rows<double>(m);
 }
 
 }  // namespace bagssl

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from tolerances import assert_matches
 from torch import Tensor
 
-from bagssl_fast import ops
+from bagssl_fast import _C, ops
+from bagssl_fast.cpu.patch_embed import _worthwhile_grid
 from bagssl_fast.reference.patch_embed import patch_embed as reference
 
 IMPLS = ("reference", "cpu")
@@ -60,6 +61,52 @@ def test_positions_of_each_image_are_its_own(impl):
     everywhere = unfold_linear(images, weight, bias)  # [54, B, M]
     index = positions[..., 0] * 9 + positions[..., 1]
     assert_matches(actual, everywhere[index, torch.arange(3)], torch.float64, "y")
+
+
+def most(positions: Tensor) -> Tensor:
+    """Four fifths of the positions, in no order."""
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
+    return positions[order[: len(order) * 4 // 5]]
+
+
+GRIDS = {
+    "anywhere": ((18, 20), 17, (8, 8), most(grid(torch.arange(11), torch.arange(13)))),
+    "uneven": ((16, 18), 3, (9, 12), grid(torch.tensor([0, 2, 3]), torch.tensor([1, 2, 4, 5, 6]))),
+    "several blocks": ((10, 60), 16, (8, 8), most(grid(torch.arange(3), torch.arange(53)))),
+    "one row": ((12, 40), 9, (8, 8), grid(torch.tensor([3]), torch.arange(33))),
+}
+WAYS = {  # dtype, ReLU, without AVX2
+    "float64": (torch.float64, False, False),
+    "float32": (torch.float32, True, False),
+    "baseline": (torch.float32, True, True),
+    "float16": (torch.float16, False, False),
+}
+
+
+@pytest.mark.parametrize(("dtype", "relu", "baseline"), WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize(("size", "out_dim", "patch", "positions"), GRIDS.values(), ids=GRIDS)
+def test_spectra_give_what_patches_give(size, out_dim, patch, positions, dtype, relu, baseline):
+    images, weight, bias = operands(21, *size, out_dim=out_dim, patch=patch)
+    weight, bias = (weight / weight[0].numel() ** 0.5).to(dtype), bias.to(dtype)
+    assert _worthwhile_grid(weight, positions, len(images)) is not None
+    # What rounding makes of a result near zero decides on its whole gradient: such have none.
+    exact = reference(images, weight.double(), bias.double(), positions, mean=MEAN, std=STD)
+    dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dy *= exact.abs() > 1e-3
+
+    def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (weight, bias)]
+        y = ops.patch_embed(images, *inputs, positions, mean=MEAN, std=STD, relu=relu, impl=impl)
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(dtype))]
+
+    _C.force_baseline_pixel_ops(baseline)
+    try:
+        actual = run("cpu", dtype)
+    finally:
+        _C.force_baseline_pixel_ops(False)
+    expected = run("reference", torch.float64)
+    for name, x, truth in zip(("y", "dweight", "dbias"), actual, expected, strict=True):
+        assert_matches(x, truth, dtype, name)
 
 
 def test_gradcheck_of_the_reference():

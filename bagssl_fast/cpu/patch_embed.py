@@ -2,18 +2,19 @@
 
 Two ways, chosen by counting multiply-adds:
 
-*Grid.* Where positions are every combination of some rows and columns, close together, neighbouring
-patches share their pixels and the layer is a correlation. Along the width it is done in R = 1.5 N
-products of sums of N pixels with sums of a weight's row: a real DFT, whose complex products take
-three real ones each (Gauss), and of which only the wanted columns are transformed back. Along the
-height it stays a sum, so all of it is GEMMs, R (C h + L) multiply-adds for a row of L patches
-where the patches themselves need L C h w: 5 times fewer for 256 patches of 16x16 in 32x32 pixels.
+*Grid.* Where all images have the same positions and these are many of the combinations of some rows
+and columns, patches share their pixels and the layer is a correlation, done by two-dimensional
+Fourier spectra: those of pixels and weight are multiplied, summed over channels and transformed
+back, only to the wanted positions. Transforms are short (tens of values) and made by matrices; the
+products and the transform back, nearly all the work, are one loop of C++ (`csrc/patch_grid.h`)
+that keeps a tile in the cache. 256 patches of 16x16 in 32x32 pixels need 10 times fewer
+multiply-adds than the patches themselves.
 
-*Gather.* Anything else: a few hundred patches at a time are cut as bytes and multiplied while they
-are in the cache.
+*Gather.* Anything else: a few hundred patches at a time are cut and multiplied while they are in
+the cache.
 
-Memory beyond the result: the weight's and one chunk's sums, or one chunk of patches. The gradient
-goes the same ways backwards. Saved for backward: images, weight, and the result if `relu`.
+Memory beyond the result: spectra of weight and images, or one chunk of patches. The gradient goes
+the same ways backwards. Saved for backward: images, weight, and the result if `relu`.
 """
 
 import math
@@ -23,16 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 19  # elements of products or patches in flight
+from bagssl_fast._extension import _C
+
+CHUNK = 1 << 19  # elements of patches or of a half precision result in flight
+SPAN = 32  # pixels of a transform that fit the cache well; twice the patch where that is more
 GRID_GAIN = 1.3  # how many times fewer multiply-adds make the grid way faster
 CENTER = 128  # bytes are centred before they meet the weight: fewer digits are lost
-
-
-class _Grid(NamedTuple):
-    """Positions that are all combinations of `tops` and `lefts`, row-major."""
-
-    tops: list[int]
-    lefts: list[int]
 
 
 @torch.library.custom_op("bagssl::patch_embed_cpu", mutates_args=(), device_types="cpu")
@@ -50,7 +47,7 @@ def patch_embed_forward(
     if y.numel() == 0:
         return y
     with torch.autocast("cpu", enabled=False):
-        grid = _worthwhile_grid(weight, positions)
+        grid = _worthwhile_grid(weight, positions, images.shape[0])
         if grid is not None:
             _grid_forward(images, weight, bias, grid, mean, std, relu, y)
         else:
@@ -87,7 +84,7 @@ def patch_embed_backward(
             weight.shape[0]
         )
     with torch.autocast("cpu", enabled=False):
-        grid = _worthwhile_grid(weight, positions)
+        grid = _worthwhile_grid(weight, positions, images.shape[0])
         if grid is not None:
             dweight, dbias = _grid_backward(dy, y, images, weight, grid, mean, std)
         else:
@@ -111,88 +108,170 @@ def _(
 # ----------------------------------------------------------------------------------- the grid way
 
 
-def _worthwhile_grid(weight: Tensor, positions: Tensor) -> _Grid | None:
-    """The grid that `positions` [P, 2] form, if the grid way is the cheaper one there."""
-    if positions.dim() != 2:
-        return None
-    rows = positions.tolist()
-    num_lefts = next((i for i, (top, _) in enumerate(rows) if top != rows[0][0]), len(rows))
-    lefts = [left for _, left in rows[:num_lefts]]
-    tops = [top for top, _ in rows[::num_lefts]]
-    if rows != [[top, left] for top in tops for left in lefts]:
-        return None
-    _, channels, height, width = weight.shape
-    num_products = 1.5 * (max(lefts) - min(lefts) + width)
-    products = num_products * (channels * height + num_lefts)
-    direct = num_lefts * channels * height * width
-    return _Grid(tops, lefts) if GRID_GAIN * products < direct else None
+class _Block(NamedTuple):
+    """Positions number `first` to `last` of an axis; their patches lie in `start` to `stop`."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+    positions: list[int]
+
+    @property
+    def center(self) -> int:
+        """Twice the middle of the positions, which may lie between two."""
+        return self.positions[0] + self.positions[-1]
 
 
-class _Correlation:
-    """The correlation of rows of N pixels with rows of w weights, at L columns, in R products.
+class _Axis:
+    """Ascending positions of patches along one axis, in blocks that are transformed together.
 
-    `out[l] = sum_v pixels[l + v] weight[v] = sum_r of_out[l, r] * (pixels @ of_pixels)[r] *
-    (weight @ of_weight)[r]`. With X, K the DFTs of length N, X conj(K) has the parts P1 - P3 and
-    P1 - P2, where P1 = (Xr + Xi) Kr, P2 = Xr (Kr + Ki), P3 = Xi (Kr - Ki).
+    The length N of all transforms is odd, so that every frequency but zero has a mirror image.
     """
 
-    def __init__(self, weight: Tensor, grid: _Grid):
+    def __init__(self, positions: list[int], extent: int):
+        self.count, self.extent = len(positions), extent
+        reach = positions[-1] - positions[0]
+        parts = reach // max(extent, SPAN - extent + 1) + 1
+        size = -(-len(positions) // parts)
+        pieces = {i: positions[i : i + size] for i in range(0, len(positions), size)}
+        self.blocks = [
+            _Block(i, i + len(piece), piece[0], piece[-1] + extent, piece)
+            for i, piece in pieces.items()
+        ]
+        self.length = max(block.stop - block.start for block in self.blocks) | 1
+        self.half = self.length // 2
+        self.distances = max(len(self._distances(block)) for block in self.blocks)
+
+    def angles(self, frequencies: Sequence[int], doubled: Sequence[int]) -> Tensor:
+        """2 pi f p / N of frequencies and positions (given doubled), float64 [f, p]."""
+        turns = torch.outer(torch.tensor(frequencies), torch.tensor(doubled)) % (2 * self.length)
+        return turns.double() * (math.pi / self.length)
+
+    def waves_back(self, block: _Block, scale: float, dtype: torch.dtype) -> tuple[Any, ...]:
+        """The axis as csrc/patch_grid.h wants it: cosines, sines, distances, signs."""
+        distances = self._distances(block)
+        angles = self.angles(range(self.half + 1), distances).T
+        offsets = [2 * position - block.center for position in block.positions]
+        index = [distances.index(abs(offset)) for offset in offsets]
+        sign = [-1.0 if offset < 0 else 1.0 for offset in offsets]
+        tables = (angles.cos() * scale, angles[:, 1:].sin() * scale, torch.tensor(sign))
+        cosines, sines, signs = (table.to(dtype).contiguous().numpy() for table in tables)
+        return cosines, sines, torch.tensor(index).numpy(), signs
+
+    @staticmethod
+    def _distances(block: _Block) -> list[int]:
+        return sorted({abs(2 * position - block.center) for position in block.positions})
+
+
+class _Grid:
+    """Positions [P, 2] as combinations of rows `down` and columns `across`.
+
+    `slots` [T, L] tells which position a combination is; -1 stands for one that is not wanted.
+    """
+
+    def __init__(self, positions: Tensor, weight: Tensor):
+        tops, rows = positions[:, 0].unique(return_inverse=True)
+        lefts, columns = positions[:, 1].unique(return_inverse=True)
+        self.slots = torch.full((len(tops), len(lefts)), -1)
+        self.slots[rows, columns] = torch.arange(len(positions))
+        self.out_dim, self.channels, height, width = weight.shape
         self.dtype = _compute_dtype(weight)
-        _, _, self.height, width = weight.shape
-        self.left = min(grid.lefts)
-        self.length = max(grid.lefts) - self.left + width
-        real, imaginary = self._waves(range(self.length))
-        out_real, out_imaginary = self._waves([left - self.left for left in grid.lefts])
-        # A frequency and its mirror image add up to twice a real part; 0 and N / 2 have no mirror.
-        share = torch.full((real.shape[1],), 2 / self.length, dtype=torch.float64)
-        share[0] = 1 / self.length
-        if self.length % 2 == 0:
-            share[-1] = 1 / self.length
-        of_pixels = torch.cat([real + imaginary, real, imaginary], dim=1)  # [N, R]
-        of_weight = torch.cat([real, real + imaginary, real - imaginary], dim=1)[:width]  # [w, R]
-        of_out = torch.cat(
-            [(out_real + out_imaginary) * share, -out_imaginary * share, -out_real * share], dim=1
-        )  # [L, R]
-        # Sines of frequencies 0 and N / 2 vanish, and with them a product or two.
-        needed = (of_pixels.abs().amax(dim=0) > 1e-9) & (of_out.abs().amax(dim=0) > 1e-9)
-        self.of_pixels, self.of_weight, self.of_out = (
-            matrix[:, needed].to(self.dtype).contiguous()
-            for matrix in (of_pixels, of_weight, of_out)
-        )
-        self.num_products = self.of_out.shape[1]
+        self.down, self.across = _Axis(tops.tolist(), height), _Axis(lefts.tolist(), width)
+        self.frequencies_across = range(self.across.half + 1)
+        self.frequencies_down = [0, *(s * v for v in range(1, self.down.half + 1) for s in (1, -1))]
 
-    def _waves(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """cos(2 pi f n / N) and -sin(2 pi f n / N), [n, N // 2 + 1] each."""
-        frequencies = torch.arange(self.length // 2 + 1)
-        turns = torch.tensor(positions)[:, None] * frequencies % self.length
-        angles = turns * (2 * math.pi / self.length)
-        return angles.double().cos(), -angles.double().sin()
+    def multiply_adds(self, batch: int) -> float:
+        """For one image and output, the weight's transform shared by the batch."""
+        down, across = self.down, self.across
+        num_across, num_down = across.half + 1, down.length
+        blocks = len(down.blocks) * len(across.blocks)
+        products = num_across * num_down * 4 * self.channels
+        along_height = num_across * 2 * down.distances * num_down
+        along_width = -(-down.count // len(down.blocks)) * across.distances * across.length
+        by_width = 2 * num_across * across.extent * down.extent
+        by_height = num_across * 4 * num_down * down.extent
+        return blocks * (products + along_height + along_width) + self.channels * (
+            by_width + by_height
+        ) / max(batch, 1)
 
-    def pixel_sums(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """[R, B, H, C] of uint8 [B, H, W, C], normalised."""
+    def spectrum(self, x: Tensor, down: Sequence[int], across: Sequence[int]) -> Tensor:
+        """[F, V, 2, C, n] of x [w, h, C, n], pixels at the given places (doubled)."""
+        by_width, by_height = self._waves(down, across)
+        partly = (by_width @ x.flatten(1)).view(len(by_height), by_height.shape[2], -1)
+        return torch.bmm(by_height, partly).view(len(by_height), -1, 2, *x.shape[2:])
+
+    def weight_spectrum(self, weight: Tensor) -> Tensor:
+        """[F, V, 2, C, M], conjugate."""
+        x = weight.to(self.dtype).permute(3, 2, 1, 0).contiguous()
+        return self.spectrum(x, *self._weight_places())
+
+    def weight_gradient(self, dspectrum: Tensor) -> Tensor:
+        """dW [M, C, h, w] from the gradient of `weight_spectrum`."""
+        by_width, by_height = self._waves(*self._weight_places())
+        partly = torch.bmm(by_height.mT, dspectrum.view(len(by_height), by_height.shape[1], -1))
+        dweight = by_width.T @ partly.view(len(by_width), -1)
+        size = (self.across.extent, self.down.extent, self.channels, self.out_dim)
+        return dweight.view(size).permute(3, 2, 1, 0)
+
+    def operands(
+        self, images: Tensor, mean: Sequence[float], std: Sequence[float]
+    ) -> Iterator[dict[str, Any]]:
+        """What csrc/patch_grid.h wants to know, for every combination of blocks."""
         offset, divisor = torch.tensor([mean, std], dtype=self.dtype)
-        pixels = images[:, :, self.left : self.left + self.length].to(self.dtype)
-        pixels = ((pixels / 255 - offset) / divisor).movedim(2, 0)  # [N, B, H, C]
-        return (self.of_pixels.T @ pixels.flatten(1)).unflatten(1, pixels.shape[1:])
+        scale = 2 / (self.down.length * self.across.length)
+        for rows in self.down.blocks:
+            for columns in self.across.blocks:
+                cosines, sines, distance, sign = self.across.waves_back(columns, scale, self.dtype)
+                cosines[:, 0] /= 2  # frequency zero has no mirror image
+                pixels = images[:, rows.start : rows.stop, columns.start : columns.stop]
+                pixels = (pixels.to(self.dtype) / 255 - offset) / divisor
+                places = (
+                    [2 * i - block.center for i in range(block.start, block.stop)]
+                    for block in (rows, columns)
+                )
+                spectrum = self.spectrum(pixels.permute(2, 1, 3, 0).contiguous(), *places)
+                slots = self.slots[rows.first : rows.last, columns.first : columns.last]
+                yield {
+                    "pixels": spectrum.permute(4, 0, 1, 2, 3).contiguous().numpy(),
+                    "down": self.down.waves_back(rows, 1.0, self.dtype),
+                    "across": (cosines, -sines, distance, sign),
+                    "slots": slots.contiguous().numpy(),
+                    "num_threads": torch.get_num_threads(),
+                }
 
-    def rows(self, sums: Tensor, top: int) -> Tensor:
-        """[R, B, h C], a view: what one row of patches sees of `pixel_sums`."""
-        return sums[:, :, top : top + self.height].flatten(2)
+    def chunks(self, y: Tensor) -> Iterator[slice]:
+        """Images whose results [P, B, M] are converted together: all, if none have to be."""
+        batch = y.shape[1]
+        exact = y.dtype == self.dtype and y.is_contiguous()
+        step = batch if exact else max(1, CHUNK // (len(y) * self.out_dim))
+        return (slice(i, min(i + step, batch)) for i in range(0, batch, step))
 
-    def weight_sums(self, weight: Tensor) -> Tensor:
-        """[R, h C, M] of [M, C, h, w]."""
-        by_column = weight.to(self.dtype).permute(3, 2, 1, 0)  # [w, h, C, M]
-        return (self.of_weight.T @ by_column.flatten(1)).unflatten(1, (-1, weight.shape[0]))
+    def _weight_places(self) -> tuple[range, range]:
+        return range(0, -2 * self.down.extent, -2), range(0, -2 * self.across.extent, -2)
 
-    def weight_gradient(self, dsums: Tensor, channels: int) -> Tensor:
-        """dW [M, C, h, w] from the gradient of `weight_sums`, transposed: [R, M, h C]."""
-        by_column = (self.of_weight @ dsums.flatten(1)).unflatten(1, (-1, self.height, channels))
-        return by_column.permute(1, 3, 2, 0)
+    def _waves(self, down: Sequence[int], across: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """exp(-i angle) as real matrices: [2 F, w], and [F, 2 V, 2 h] (all F alike)."""
+        angles = self.across.angles(self.frequencies_across, across)
+        by_width = torch.stack([angles.cos(), -angles.sin()], dim=1).flatten(0, 1)
+        angles = self.down.angles(self.frequencies_down, down)
+        cosines, sines = angles.cos(), angles.sin()
+        by_height = torch.stack(
+            [torch.cat([cosines, sines], dim=1), torch.cat([-sines, cosines], dim=1)], dim=1
+        ).flatten(0, 1)
+        count = len(self.frequencies_across)
+        return by_width.to(self.dtype), by_height.to(self.dtype).expand(count, -1, -1)
 
-    def chunks(self, batch: int, out_dim: int) -> Iterator[slice]:
-        most = max(1, CHUNK // (self.num_products * out_dim))
-        step = -(-batch // -(-batch // most))  # equal chunks
-        return (slice(i, min(batch, i + step)) for i in range(0, batch, step))
+
+def _worthwhile_grid(weight: Tensor, positions: Tensor, batch: int) -> _Grid | None:
+    """`positions` [P, 2] as a grid, if the grid way is the cheaper one there."""
+    if positions.dim() != 2:
+        return None
+    grid = _Grid(positions, weight)
+    if int((grid.slots >= 0).sum()) < len(positions):  # some position comes twice
+        return None
+    direct = len(positions) * weight[0].numel()
+    return grid if GRID_GAIN * grid.multiply_adds(batch) < direct else None
 
 
 def _grid_forward(
@@ -205,26 +284,15 @@ def _grid_forward(
     relu: bool,
     y: Tensor,
 ) -> None:
-    out_dim = weight.shape[0]
-    correlation = _Correlation(weight, grid)
-    weight_sums = correlation.weight_sums(weight)
-    y = y.unflatten(0, (len(grid.tops), len(grid.lefts)))  # [T, L, B, M]
-    for part in correlation.chunks(images.shape[0], out_dim):
-        pixel_sums = correlation.pixel_sums(images[part], mean, std)
-        products = pixel_sums.new_empty(correlation.num_products, pixel_sums.shape[1], out_dim)
-        columns = slice(part.start * out_dim, part.stop * out_dim)
-        for row, top in enumerate(grid.tops):
-            torch.bmm(correlation.rows(pixel_sums, top), weight_sums, out=products)
-            target = y[row].flatten(1)[:, columns]  # [L, b M]
-            exact = target.dtype == products.dtype
-            out = target if exact else torch.empty_like(target, dtype=products.dtype)
-            torch.mm(correlation.of_out, products.flatten(1), out=out)
-            if bias is not None:
-                out.unflatten(1, (-1, out_dim)).add_(bias)
-            if relu:
-                out.relu_()
-            if not exact:
-                target.copy_(out)
+    spectrum = grid.weight_spectrum(weight).numpy()
+    shift = None if bias is None else bias.detach().to(grid.dtype).contiguous().numpy()
+    for part in grid.chunks(y):
+        target = y[:, part]
+        out = target if y.dtype == grid.dtype else torch.empty_like(target, dtype=grid.dtype)
+        for operands in grid.operands(images[part], mean, std):
+            _C.patch_grid(**operands, weight=spectrum, bias=shift, relu=relu, y=out.numpy())
+        if out is not target:
+            target.copy_(out)
 
 
 def _grid_backward(
@@ -236,23 +304,23 @@ def _grid_backward(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    out_dim, channels, height, _ = weight.shape
-    correlation = _Correlation(weight, grid)
-    shape = (len(grid.tops), len(grid.lefts))
-    dy = dy.unflatten(0, shape)
-    y = None if y is None else y.unflatten(0, shape)
-    size = (correlation.num_products, out_dim, height * channels)
-    dsums = torch.zeros(size, dtype=correlation.dtype)
-    dbias = torch.zeros(out_dim, dtype=correlation.dtype)
-    for part in correlation.chunks(images.shape[0], out_dim):
-        pixel_sums = correlation.pixel_sums(images[part], mean, std)
-        dproducts = pixel_sums.new_empty(size[0], pixel_sums.shape[1], out_dim)
-        for row, top in enumerate(grid.tops):
-            dout = _masked(dy[row, :, part], None if y is None else y[row, :, part], dsums.dtype)
-            dbias += dout.flatten(0, 1).sum(dim=0)
-            torch.mm(correlation.of_out.T, dout.flatten(1), out=dproducts.flatten(1))
-            dsums.baddbmm_(dproducts.mT, correlation.rows(pixel_sums, top))
-    return correlation.weight_gradient(dsums, channels), dbias
+    size = (grid.across.half + 1, grid.down.length, 2, grid.channels, grid.out_dim)
+    dspectrum = torch.zeros(size, dtype=grid.dtype)
+    dbias = torch.zeros(grid.out_dim, dtype=grid.dtype)
+    for part in grid.chunks(dy):
+        dout = dy[:, part].to(grid.dtype)
+        result = None if y is None else y[:, part].to(grid.dtype)
+        if not dy.is_contiguous():
+            dout, result = dout.contiguous(), None if result is None else result.contiguous()
+        for operands in grid.operands(images[part], mean, std):
+            _C.patch_grid_backward(
+                **operands,
+                dy=dout.numpy(),
+                y=None if result is None else result.numpy(),
+                dweight=dspectrum.numpy(),
+                dbias=dbias.numpy(),
+            )
+    return grid.weight_gradient(dspectrum), dbias
 
 
 # --------------------------------------------------------------------------------- the gather way
@@ -268,24 +336,27 @@ class _Patches:
         if positions.dim() == 2:
             positions = positions[:, None].expand(-1, batch, -1)
         top, left = positions.long().unbind(dim=2)  # [P, B]
-        self.offsets = ((torch.arange(batch) * height + top) * width + left).flatten()
-        span = ((patch_h - 1) * width + patch_w - 1) * channels + channels
-        num_pixels = batch * height * width
-        # Row k is the patch whose first pixel is pixel k of the whole batch; nothing is copied.
-        self.windows = (
-            images.contiguous()
-            .flatten()
-            .as_strided(
-                (num_pixels - span // channels + 1, patch_h, patch_w * channels),
-                (channels, width * channels, 1),
-            )
-        )
-        self.step = max(1, CHUNK // (patch_h * patch_w * channels))
+        offsets = ((torch.arange(batch) * height + top) * width + left) * channels
+        self.offsets = offsets.flatten().numpy()
+        self.pixels = images.contiguous().flatten().numpy()
+        self.lines, self.length, self.stride = patch_h, patch_w * channels, width * channels
+        self.step = max(1, CHUNK // (self.lines * self.length))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        rows = torch.empty(self.step, self.lines * self.length, dtype=self.dtype)
         for start in range(0, len(self.offsets), self.step):
-            part = slice(start, start + self.step)
-            yield part, self.windows[self.offsets[part]].flatten(1).to(self.dtype).sub_(CENTER)
+            offsets = self.offsets[start : start + self.step]
+            pixels = rows[: len(offsets)]
+            _C.patch_rows(
+                self.pixels,
+                offsets=offsets,
+                lines=self.lines,
+                stride=self.stride,
+                center=CENTER,
+                out=pixels.numpy(),
+                num_threads=torch.get_num_threads(),
+            )
+            yield slice(start, start + len(offsets)), pixels
 
 
 def _gather_forward(
@@ -306,8 +377,13 @@ def _gather_forward(
     offset = offset if bias is None else offset + bias
     rows = y.view(-1, out_dim)
     for part, pixels in _Patches(images, weight, positions):
-        out = torch.addmm(offset, pixels, matrix)
-        rows[part] = out.relu_() if relu else out
+        target = rows[part]
+        out = target if y.dtype == scale.dtype else torch.empty_like(target, dtype=scale.dtype)
+        torch.addmm(offset, pixels, matrix, out=out)
+        if relu:
+            out.relu_()
+        if out is not target:
+            target.copy_(out)
 
 
 def _gather_backward(
