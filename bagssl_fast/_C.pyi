@@ -88,6 +88,16 @@ def conv3x3_dx(
 def conv3x3_dweight(
     x: NDArray[np.float32], dy: NDArray[np.float32], dweight: NDArray[np.float32], num_threads: int
 ) -> None: ...
+
+class AugmentSpec:
+    def __init__(
+        self, *, scale: tuple[float, float] = ..., ratio: tuple[float, float] = ...
+    ) -> None: ...
+
+def grid_views(
+    spec: AugmentSpec, sizes: NDArray[np.int64], *, patches: int
+) -> NDArray[np.float32]: ...
+def center_views(sizes: NDArray[np.int64]) -> NDArray[np.float32]: ...
 def patch_views(
     images: Sequence[NDArray[np.uint8]],
     params: NDArray[np.float32],
@@ -99,6 +109,7 @@ def patch_views(
     std: Sequence[float] = (1, 1, 1),
     dtype: str = "float32",
     out: NDArray[Any] | None = None,
+    num_threads: int = 1,
 ) -> NDArray[Any]: ...
 def bag_pool(
     x: NDArray[Any],

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from bagssl_fast.augment import Augment
+from bagssl_fast.config import BagConfig, Config, EncoderConfig, EvalConfig, HeadConfig, patch_size
+from bagssl_fast.model import BagModel, build_model
+
+FORMAT = 2  # of config.json; 1 did not say how bags are cut
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step_(\d+)\.pt")
 
@@ -131,6 +137,81 @@ def export(run_dir: Path, weights: Mapping[str, Tensor], description: Mapping[st
     write_atomic(run_dir / "model.safetensors", data)
     text = json.dumps(dict(description), indent=2) + "\n"
     write_atomic(run_dir / "config.json", text.encode())
+
+
+def describe(config: Config, model: BagModel, step: int) -> dict[str, Any]:
+    """What config.json says of an exported model: how to build it, and how to cut its bags."""
+    crop = config.augment
+    return {
+        "format": FORMAT,
+        "encoder": asdict(config.encoder) | {"patch_size": patch_size(config)},
+        "head": asdict(config.head),
+        "bag": asdict(config.bag),
+        "crop": {"size": crop.size, "scale": crop.scale, "ratio": crop.ratio},
+        "view": config.eval.view,
+        "mean": crop.mean,
+        "std": crop.std,
+        "seed": config.seed,
+        "embedding_dim": model.embedding_dim,
+        "projection_dim": model.projection_dim,
+        "step": step,
+    }
+
+
+def load_exported(folder: str | os.PathLike[str]) -> tuple[BagModel, Config, int]:
+    """Reads what `export` wrote, be it a run directory or a folder of these two files alone.
+
+    Returns:
+        The model, in eval mode on the CPU; its configuration as far as it decides the model and
+        its bags, defaults elsewhere; the step it was saved at.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the files are of another version, damaged, or not of one model.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {name}: give a run directory whose training has come to a "
+                "checkpoint, or a folder that `python -m bagssl_fast.export` wrote"
+            )
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is no json ({error})") from None
+    version = described.get("format") if isinstance(described, dict) else None
+    if version != FORMAT:
+        raise ValueError(
+            f"{folder / 'config.json'} is of format {version}, wanted {FORMAT}: write it anew from "
+            "its run directory by `python -m bagssl_fast.export RUN --out FOLDER`, or use the "
+            "version of bagssl_fast that wrote it"
+        )
+    try:
+        config = _config_of(described)
+        model = build_model(config, pretrained=False)
+        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        return model.eval(), config, int(described["step"])
+    except (KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        what = f"no {error} in config.json" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{folder}: config.json and model.safetensors do not make a model ({what}); export "
+            "the run again"
+        ) from error
+
+
+def _config_of(described: Mapping[str, Any]) -> Config:
+    """The inverse of `describe`."""
+    crop = {key: tuple(v) if isinstance(v, list) else v for key, v in described["crop"].items()}
+    mean, std = tuple(described["mean"]), tuple(described["std"])
+    return Config(
+        seed=described["seed"],
+        bag=BagConfig(**described["bag"]),
+        encoder=EncoderConfig(**described["encoder"]),
+        head=HeadConfig(**described["head"]),
+        augment=Augment.none(mean=mean, std=std, **crop),
+        eval=EvalConfig(view=described["view"]),
+    )
 
 
 def open_run_dir(path: Path, resume: str, overwrite: bool) -> None:

@@ -119,21 +119,21 @@ def extract(
     if CENTER in plan.counts:
         collected = Collector()
         for patches, batch_labels in _batches(config, source, plan, indices, "center", 1):
-            h = _embed(model, patches[0], plan)[None]
+            h = embed(model, patches[0], plan)[None]
             collected.add(model, plan, {CENTER: h}, batch_labels)
         features |= collected.features()
         labels = collected.labels()
     if bags and is_dense(model):
         collected = Collector()
         for views, batch_labels in _batches(config, source, plan, indices, "center", 0):
-            collected.add(model, plan, _dense_bags(model, views[0], bags, plan), batch_labels)
+            collected.add(model, plan, dense_bags(model, views[0], bags, plan), batch_labels)
         features |= collected.features()
         labels = collected.labels()
     elif bags:
         for count in bags:
             collected = Collector()
             for patches, batch_labels in _batches(config, source, plan, indices, "grid", count):
-                h = _embed(model, patches.flatten(0, 1), plan).unflatten(0, patches.shape[:2])
+                h = embed(model, patches.flatten(0, 1), plan).unflatten(0, patches.shape[:2])
                 collected.add(model, plan, {count: h}, batch_labels)
             features |= collected.features()
             labels = collected.labels()
@@ -211,7 +211,7 @@ class Collector:
         return torch.cat(self._labels)
 
 
-def _dense_bags(model: BagModel, views: Tensor, counts: list[int], plan: Plan) -> dict[int, Tensor]:
+def dense_bags(model: BagModel, views: Tensor, counts: list[int], plan: Plan) -> dict[int, Tensor]:
     """All grids of whole views [B, C, H, W] from one dense pass."""
     patch = int(model.backbone.patch_size)  # type: ignore[arg-type]
     stride = dense_stride(tuple(counts), views.shape[2] - patch)
@@ -221,7 +221,8 @@ def _dense_bags(model: BagModel, views: Tensor, counts: list[int], plan: Plan) -
     return {count: h[dense_grid(count, positions)] for count in counts}
 
 
-def _embed(model: BagModel, patches: Tensor, plan: Plan) -> Tensor:
+def embed(model: BagModel, patches: Tensor, plan: Plan) -> Tensor:
+    """Embeddings h [N, F] of patches [N, C, h, w]."""
     with torch.autocast(plan.device.type, plan.precision, plan.precision != torch.float32):
         return model.embed(patches)
 

@@ -238,24 +238,7 @@ def save(run: Run) -> None:
     }
     checkpoint.save(run.run_dir, run.step, state, run.config.keep_checkpoints)
     weights = run.average.weights if run.average else run.model.state_dict()
-    checkpoint.export(run.run_dir, weights, describe(run))
-
-
-def describe(run: Run) -> dict[str, Any]:
-    """What config.json says of the exported model."""
-    config = run.config
-    return {
-        "format": 1,
-        "encoder": vars(config.encoder) | {"patch_size": run.model.backbone.patch_size},
-        "head": vars(config.head),
-        "bag": vars(config.bag),
-        "seed": config.seed,
-        "mean": config.augment.mean,
-        "std": config.augment.std,
-        "embedding_dim": run.model.embedding_dim,
-        "projection_dim": run.model.projection_dim,
-        "step": run.step,
-    }
+    checkpoint.export(run.run_dir, weights, checkpoint.describe(run.config, run.model, run.step))
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:

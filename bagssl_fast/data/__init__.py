@@ -4,7 +4,7 @@ from bagssl_fast.augment import Augment
 from bagssl_fast.data.batch import Batch, ImageBatch
 from bagssl_fast.data.decoding import MAX_PIXELS, ImageError
 from bagssl_fast.data.loader import BagLoader
-from bagssl_fast.data.source import Source, open_source
+from bagssl_fast.data.source import Source, open_files, open_source
 
 __all__ = [
     "MAX_PIXELS",
@@ -14,5 +14,6 @@ __all__ = [
     "ImageBatch",
     "ImageError",
     "Source",
+    "open_files",
     "open_source",
 ]

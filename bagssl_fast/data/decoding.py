@@ -68,12 +68,13 @@ def _decode_with_pillow(data: memoryview | bytes, max_pixels: int) -> NDArray[np
         with Image.open(io.BytesIO(data)) as image:
             _check_size(image.width, image.height, max_pixels)
             upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright)
+            return to_rgb(upright)
     except UnidentifiedImageError:
         raise ValueError("not an image in any format that Pillow reads") from None
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels of a PIL image of any mode, uint8 [H, W, 3]."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         # Pillow would clip 16-bit grey at 255.
         grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)

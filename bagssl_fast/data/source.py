@@ -230,6 +230,20 @@ def open_folder(root: Path, on_error: str) -> Source:
     return Source(native, table, labels if classes else None, classes or None, mark)
 
 
+def open_files(paths: Sequence[str | os.PathLike[str]]) -> Source:
+    """Image files in the order given, without labels.
+
+    Raises:
+        FileNotFoundError: Naming the first that is not there.
+    """
+    names = [os.fsencode(path) for path in paths]
+    for name in names:
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f"{os.fsdecode(name)}: there is no such image file")
+    table = NameTable.of(names)
+    return Source(_C.FileSource(names), table, None, None, fingerprint(table.blob, table.ends))
+
+
 def is_image_name(name: bytes) -> bool:
     """Whether a file's name says that it is an image; hidden files are not."""
     stem, suffix = os.path.splitext(os.path.basename(name))

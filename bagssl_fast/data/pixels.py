@@ -1,0 +1,101 @@
+"""Whatever people hold images in, as upright RGB arrays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from bagssl_fast._extension import _C
+from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image, to_rgb
+
+KINDS = (
+    "uint8 [H, W, 3], [3, H, W] or [H, W], or a batch of such; a PIL image; a path; or a list of "
+    "these, of any sizes"
+)
+
+
+def split_images(images: Any) -> Sequence[Any]:
+    """One item per image: the rows of a batch, the items of a list, or the one image that it is.
+
+    Raises:
+        ValueError: For what is no image and no batch of images.
+    """
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        return [images]
+    if isinstance(images, Tensor):
+        images = images.detach().cpu().numpy()
+    if hasattr(images, "__array__"):
+        images = np.asarray(images)
+        if images.dtype.kind in "OUS":  # an array of paths or of images, as numpy makes of lists
+            return list(images.reshape(-1))
+        if images.ndim == 4:
+            return list(images)
+        # [H, W], [H, W, C] and [C, H, W] are one image, [N, H, W] are grey ones.
+        one = images.ndim == 2 or (images.ndim == 3 and _channels_axis(images) is not None)
+        return [images] if one or images.ndim < 3 else list(images)
+    if isinstance(images, Sequence) and not isinstance(images, bytes):
+        return images
+    if isinstance(images, Iterator):
+        return list(images)
+    raise ValueError(f"images: got a {type(images).__name__}; wanted {KINDS}")
+
+
+def is_path(item: Any) -> bool:
+    """Whether an item names a file."""
+    return isinstance(item, (str, os.PathLike))
+
+
+def to_array(item: Any, index: int) -> NDArray[np.uint8]:
+    """One image as uint8 [H, W, 3], C-contiguous.
+
+    Args:
+        item: An array or tensor, a PIL image, or the path of an image file.
+        index: Its place among the images, for errors.
+
+    Raises:
+        ValueError, FileNotFoundError: Naming the image and what is wrong with it.
+    """
+    if is_path(item):
+        try:
+            return _C.decode(Path(item).read_bytes(), decode_image, MAX_PIXELS)
+        except RuntimeError as error:
+            raise ImageError(os.fspath(item), str(error)) from None
+    if isinstance(item, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(item))
+    if isinstance(item, Tensor):
+        item = item.detach().cpu()
+    if not hasattr(item, "__array__"):
+        raise ValueError(f"image {index} is a {type(item).__name__}; wanted {KINDS}")
+    array = np.asarray(item)
+    if array.dtype != np.uint8:
+        hint = (
+            "; pixels in 0..1 become uint8 by (x * 255).round().astype('uint8')"
+            if array.dtype.kind == "f"
+            else ""
+        )
+        raise ValueError(
+            f"image {index} is {array.dtype} {list(array.shape)}; uint8 values 0 to 255 are "
+            f"wanted, neither scaled nor normalised{hint}"
+        )
+    whole = array[..., None] if array.ndim == 2 else array
+    axis = _channels_axis(whole) if whole.ndim == 3 else None
+    if axis is None or whole.size == 0:
+        alpha = "; drop an alpha channel by image[..., :3]" if array.shape[-1:] == (4,) else ""
+        raise ValueError(
+            f"image {index} has the shape {list(array.shape)}; wanted [H, W, 3], [3, H, W] or "
+            f"[H, W]{alpha}"
+        )
+    whole = np.moveaxis(whole, axis, 2)
+    return np.ascontiguousarray(np.broadcast_to(whole, (*whole.shape[:2], 3)))
+
+
+def _channels_axis(array: NDArray[Any]) -> int | None:
+    """Where [H, W, C] or [C, H, W] has its 1 or 3 channels; the last axis goes first."""
+    return next((axis for axis in (2, 0) if array.shape[axis] in (1, 3)), None)

@@ -1,0 +1,12 @@
+{
+  description = "Kernels of bagssl_fast: bag-of-patches self-supervised learning";
+
+  inputs.kernel-builder.url = "github:huggingface/kernels";
+
+  outputs =
+    { self, kernel-builder, ... }:
+    kernel-builder.lib.genKernelFlakeOutputs {
+      inherit self;
+      path = ./.;
+    };
+}
