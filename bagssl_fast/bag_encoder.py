@@ -81,7 +81,9 @@ class BagEncoder:
                 f"{', '.join(LAYERS)}, and one of {', '.join(PRECISIONS)}"
             )
         place = ranks.pick_device(device)
-        self.model = fold_batch_norm(model).to(place)
+        # What trains beside a model, such as BYOL's targets, stays behind.
+        bare = BagModel(model.backbone, model.head, model.dense, model.stride)
+        self.model = fold_batch_norm(bare).to(place)
         self.config, self.layer, self.normalize = config, layer, normalize
         self.patches = patches
         self.dim = model.embedding_dim if layer == "embedding" else model.projection_dim

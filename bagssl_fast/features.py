@@ -162,11 +162,11 @@ def embed_patches(
     parts = []
     if count != CENTER and is_dense(model):
         for views, _ in _batches(config, source, plan, indices, "center", 0):
-            parts.append(_dense_bags(model, views[0], [count], plan)[count].float())
+            parts.append(dense_bags(model, views[0], [count], plan)[count].float())
     else:
         kind = "center" if count == CENTER else "grid"
         for patches, _ in _batches(config, source, plan, indices, kind, max(count, 1)):
-            h = _embed(model, patches.flatten(0, 1), plan).float()
+            h = embed(model, patches.flatten(0, 1), plan).float()
             parts.append(h.unflatten(0, patches.shape[:2]))
     return torch.cat(parts, dim=1)
 
