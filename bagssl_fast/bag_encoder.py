@@ -117,9 +117,10 @@ class BagEncoder:
 
         Args:
             images: uint8 pixels, neither scaled nor normalised, as numpy arrays or torch tensors:
-                a batch [N, H, W, 3] or [N, 3, H, W], one image, or a list of images of any sizes;
-                grey is repeated to three channels. PIL images, paths of image files, or lists of
-                them. Or a data set: a `Source`, or the path of anything `open_source` takes.
+                a batch [N, H, W, 3] or [N, 3, H, W], one image ([3, H, W] is one), or a list of
+                images of any sizes; grey is repeated to three channels. PIL images, paths of image
+                files, or lists of them. Or a data set: a `Source`, or the path of anything
+                `open_source` takes.
 
         Returns:
             float32 [N, dim] on the CPU, in the order of the images; one image is a batch of one.
@@ -128,19 +129,19 @@ class BagEncoder:
             ValueError, FileNotFoundError: Naming the image and what is wrong with it.
         """
         if isinstance(images, Source):
-            return self._of_source(images)
+            return self._finish(self._of_source(images))
         if is_path(images) and not is_image_name(os.fsencode(images)):
-            return self._of_source(open_source(images))
+            return self._finish(self._of_source(open_source(images)))
         items = split_images(images)
         if len(items) == 0:
             return torch.zeros(0, self.dim)
         if all(is_path(item) for item in items):
-            return self._of_source(open_files(items))
-        return self._of_pixels(items)
+            return self._finish(self._of_source(open_files(items)))
+        return self._finish(self._of_pixels(items))
 
     def _of_source(self, source: Source) -> Tensor:
         features, _ = extract(self.model, self.config, source, self.plan)
-        return self._finish(features[LAYERS[self.layer], self.plan.counts[0]])
+        return features[LAYERS[self.layer], self.plan.counts[0]]
 
     @torch.inference_mode()
     def _of_pixels(self, items: Sequence[Any]) -> Tensor:
@@ -153,7 +154,7 @@ class BagEncoder:
             arrays = [to_array(item, begin + i) for i, item in enumerate(chunk)]
             h = self._embed(arrays, count)
             collected.add(self.model, self.plan, {count: h}, torch.zeros(len(chunk)))
-        return self._finish(collected.features()[LAYERS[self.layer], count])
+        return collected.features()[LAYERS[self.layer], count]
 
     def _embed(self, arrays: list[NDArray[np.uint8]], count: int) -> Tensor:
         """h [P, B, F] of the bags of images."""
@@ -182,8 +183,8 @@ class BagEncoder:
         return h.unflatten(0, patches.shape[:2])
 
     def _finish(self, x: Tensor) -> Tensor:
-        x = F.normalize(x, dim=1) if self.normalize else x
-        return x.cpu().clone()  # a tensor that is no inference tensor can be trained on
+        x = x.cpu().clone()  # outside of inference mode: a probe may be trained on it
+        return F.normalize(x, dim=1) if self.normalize else x
 
     def __repr__(self) -> str:
         return (

@@ -17,6 +17,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bagssl_fast.augment import Augment
@@ -192,7 +193,7 @@ def load_exported(folder: str | os.PathLike[str]) -> tuple[BagModel, Config, int
         model = build_model(config, pretrained=False)
         model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
         return model.eval(), config, int(described["step"])
-    except (KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         what = f"no {error} in config.json" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{folder}: config.json and model.safetensors do not make a model ({what}); export "

@@ -104,7 +104,7 @@ def test_takes_images_in_every_form(runs, tmp_path):
     }
     for name, got in same.items():
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
-    batch = np.stack(pictures(*[(20, 21)] * 3))
+    batch = np.stack(pictures(*[(20, 21)] * 4))  # [3, H, W] would be one image
     chw = torch.from_numpy(batch).permute(0, 3, 1, 2)
     torch.testing.assert_close(encoder(chw), encoder(batch))
     grey = batch[..., 0]

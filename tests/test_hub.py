@@ -21,18 +21,6 @@ sys.modules["bagssl_fast"] = None
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", "tests"]))
 """
-# Loads both builds at once, beside bagssl_fast's own registrations of the same operators.
-TOGETHER = """
-import pathlib, sys
-sys.path.insert(0, "tests")
-import conftest, torch
-import bagssl_fast.kernels.vicreg as ours
-cuda, rocm = (conftest.load(p) for p in sorted(pathlib.Path("build").iterdir()))
-z = torch.randn(2, 4, 3)
-values = [torch.stack(f(z)) for f in (cuda.vicreg, rocm.vicreg, ours.vicreg)]
-assert values[0].equal(values[1]) and values[0].equal(values[2])
-assert cuda.layers.VICRegLoss is not rocm.layers.VICRegLoss
-"""
 
 
 def run(code, folder):
@@ -122,13 +110,7 @@ def test_works_alone(package):
     pytest.importorskip("triton")
     result = run(ALONE, package)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert re.search(r"\b8 passed", result.stdout), result.stdout[-2000:]
-
-
-def test_lives_beside_other_builds(package):
-    pytest.importorskip("triton")
-    result = run(TOGETHER, package)
-    assert result.returncode == 0, result.stderr[-4000:]
+    assert re.search(r"\b9 passed", result.stdout), result.stdout[-2000:]
 
 
 def test_refuses_a_folder_with_something_in_it(package):

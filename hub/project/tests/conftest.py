@@ -32,6 +32,12 @@ def kernel():
 
 
 @pytest.fixture(scope="session")
+def other_kernel():
+    """A build of the same functions under another name."""
+    return load(ROOT / "build" / ("torch-cuda" if torch.version.hip else "torch-rocm"))
+
+
+@pytest.fixture(scope="session")
 def device():
     if torch.cuda.is_available():
         return "cuda"

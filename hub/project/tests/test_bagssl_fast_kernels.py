@@ -117,3 +117,9 @@ def test_patch_views(kernel, device):
 def test_refuses_in_words(kernel, device):
     with pytest.raises(ValueError, match=r"vicreg: got z of shape \[3, 4\].*torch"):
         kernel.vicreg(torch.zeros(3, 4, device=device))
+
+
+def test_two_builds_in_one_process(kernel, other_kernel, device):
+    z = draw(device, 2, 4, 3)
+    assert torch.stack(kernel.vicreg(z)).equal(torch.stack(other_kernel.vicreg(z)))
+    assert kernel.layers.VICRegLoss is not other_kernel.layers.VICRegLoss
