@@ -8,7 +8,8 @@ what an implementation does not support is a ValueError, and `impl="reference"` 
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -397,6 +398,17 @@ def set_impl(impl: str | None) -> None:
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"set_impl: {impl!r} is none of {', '.join(IMPLS)}, None")
     _state["impl"] = impl
+
+
+@contextmanager
+def use_impl(impl: str | None) -> Iterator[None]:
+    """Within a `with` statement what `set_impl` does for good."""
+    before = _state["impl"]
+    set_impl(impl)
+    try:
+        yield
+    finally:
+        _state["impl"] = before
 
 
 def table() -> str:
