@@ -166,8 +166,13 @@ class Bench:
         except ImportError as error:
             print(paint(f"  {name} is not installed ({error}): {install}", "yellow"))
             return None
-        parity = check(system)
         case = setup.case.name
+        try:
+            parity = check(system)
+        except RuntimeError as error:  # a library's own failure is no reason to stop the others
+            print(paint(f"  {name} FAILS here: {str(error).splitlines()[0]}", "red"))
+            system.close()
+            return None
         self.report.add(case, name, "parity of the loss", [parity.loss], "relative")
         self.report.add(case, name, "parity of the gradient", [parity.gradient], "relative")
         text = f"  {name:26}{parity}" + (f"; {note}" if (note := system.note) else "")
