@@ -87,15 +87,15 @@ def test_judgement_follows_the_numbers():
         co.USUAL: (0.9, 60.0),
     }
     errors = {"co-occurrence": 1e-15, "second moment": 1e-16, "covariance": 1e-16}
-    verdict, text = co.judge(ends, errors, (1e-4, 1e-4))
+    verdict, text = co.judge(ends, errors, (1e-4, 1e-4), 0.3)
     assert verdict == "holds"
     assert "60 degrees away" in text
     for changed in ({"spectral, bags": (0.5, 2.0)}, {"VICReg, hard": (0.7, 40.0)}):
-        verdict, text = co.judge(ends | changed, errors, (1e-4, 1e-4))
+        verdict, text = co.judge(ends | changed, errors, (1e-4, 1e-4), 0.3)
         assert verdict == "does not hold"
         assert "does not reach" in text
-    assert co.judge(ends, errors | {"covariance": 0.1}, (0.0, 1.0))[0] == "does not hold"
-    assert "is NOT unbiased" in co.judge(ends, errors, (1.0, 0.1))[1]
+    assert co.judge(ends, errors | {"covariance": 0.1}, (0.0, 1.0), 0.3)[0] == "does not hold"
+    assert "is NOT unbiased" in co.judge(ends, errors, (1.0, 0.1), 0.3)[1]
 
 
 def test_a_quick_study_gives_a_result(tmp_path, monkeypatch):
