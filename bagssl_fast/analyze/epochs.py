@@ -155,9 +155,9 @@ def text(
 
     images, compute = tests["images"], tests["compute"]
     word = {
-        "holds": "is better than",
-        "does not hold": "is worse than",
-        "undecided": "cannot be told from (within two standard errors)",
+        "holds": "better",
+        "does not hold": "worse",
+        "undecided": "no different beyond two standard errors",
     }
     return (
         f"{QUICK_IMAGES if context.quick else IMAGES} images, batches of "
@@ -167,8 +167,9 @@ def text(
         f"patches {accuracy('images', most)}%: {images['linear'].points()} points linear, "
         f"{images['knn'].points()} kNN. At equal compute {passes(context, 'compute', least)} "
         f"passes with {least} patches give {accuracy('compute', least)}%: one pass with {most} "
-        f"{word[compute['linear'].verdict]} it, {compute['linear'].points()} points linear, "
-        f"{compute['knn'].points()} kNN.\n\nWhat it does not show: an advantage in compute is "
+        f"patches is {word[compute['linear'].verdict]} by the linear probe, "
+        f"{compute['linear'].points()} points, and {word[compute['knn'].verdict]} by kNN, "
+        f"{compute['knn'].points()}.\n\nWhat it does not show: an advantage in compute is "
         f"another question than one in passes over the data. One pass with {most} patches makes "
         f"{most // least} times fewer updates than the {passes(context, 'compute', least)} passes "
         f"with {least}, at the same learning rate; a rate tuned for each would change the gap."

@@ -116,9 +116,9 @@ def text(
     """The paragraphs, from the numbers."""
     linear, knn = gains["linear"], gains["knn"]
     word = {
-        "holds": "better than",
-        "does not hold": "worse than",
-        "undecided": "on par with (no difference beyond two standard errors)",
+        "holds": "better than the central crop",
+        "does not hold": "worse than the central crop",
+        "undecided": "no different from the central crop beyond two standard errors",
     }
     one = over_seeds(fixed[MAIN_SIDE], "h", 1, "linear")
     many = over_seeds(fixed[MAIN_SIDE], "h", best, "linear")
@@ -140,9 +140,9 @@ def text(
         f"Trained on patches of {100 * MAIN_SIDE:g}% of the side, the mean of {best} patches gives "
         f"{percent(many)}% with the linear probe, one patch {percent(one)}%; multi-scale training "
         f"read from its central crop gives {percent(center)}%. The mean of patches is "
-        f"{word[linear.verdict]} the central crop: {linear.points()} points linear, {knn.points()} "
-        f"kNN ({word[knn.verdict]} it). The same network untrained reaches {percent(floor)}% from "
-        f"its bag.\n\nBy patch size (linear, largest bag): {ranking}.\n\n"
+        f"{word[linear.verdict]} by the linear probe, {linear.points()} points, and "
+        f"{word[knn.verdict]} by kNN, {knn.points()}. The same network untrained reaches "
+        f"{percent(floor)}% from its bag.\n\nBy patch size (linear, largest bag): {ranking}.\n\n"
         f"What it does not show: how long training, where multi-scale crops may catch up, or large "
         f"images would change the order. And the comparison mixes two things, how one trains and "
         f"how one reads: the multi-scale network read from patches reaches {percent(multi_bag)}% "
