@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -45,32 +44,44 @@ def rows() -> list[dict[str, Any]]:
 
 
 def tables(found: list[dict[str, Any]]) -> str:
-    """Markdown: a table per title."""
-    cases: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    """Markdown: a table per title, a line per case and form of ours."""
+    cases: dict[tuple[str, str], dict[str, dict[str, dict[str, Any]]]] = {}
     for row in filter(is_shown, found):
-        cases[row["bench"], row["case"], row["metric"]][row["provider"]] = row
+        metrics = cases.setdefault((row["bench"], row["case"]), {})
+        # What is timed stands beside its memory; targets of accuracy are lines of their own.
+        metrics.setdefault(row["metric"], {})[row["provider"]] = row
     blocks: dict[str, list[str]] = {title: [] for title in TITLES}
-    for (bench, case, metric), providers in cases.items():
-        lines = blocks[bench if bench in TITLES else "ops"]
-        name = case if bench in TITLES else f"{bench.removeprefix('bench_')}: {case}"
-        mine = {p: row for p, row in providers.items() if p.startswith(OURS)}
-        others = {p: row for p, row in providers.items() if p not in mine}
-        for provider, ours in mine.items():
-            form = provider.removeprefix(OURS).strip("_")
-            better = ", ".join(
-                f"{other} {ratio(ours, row):.3g}x"
-                for other, row in others.items()
-                if ours["value"] > 0 and 0 < row["value"] < math.inf
-            )
-            if better:
+    for (bench, case), metrics in cases.items():
+        memory = metrics.pop("memory", {})
+        for metric, providers in metrics.items():
+            for provider, ours in providers.items():
+                better = comparison(providers, provider)
+                if not provider.startswith(OURS) or not better:
+                    continue
+                name = case if bench in TITLES else f"{bench.removeprefix('bench_')}: {case}"
+                if metric.startswith("seconds to "):
+                    name += f", {metric}"
+                if form := provider.removeprefix(OURS).strip("_"):
+                    name += f" ({form})"
                 figure = f"{ours['value']:,.4g} {ours['unit']}"
-                label = f"{metric} ({form})" if form else metric
-                lines.append(f"| {name} | {label} | {figure} | {better} |")
-    head = "| case | what | ours | times better than |\n|---|---|---|---|\n"
+                line = f"| {name} | {figure} | {better} | {comparison(memory, provider)} |"
+                blocks[bench if bench in TITLES else "ops"].append(line)
+    head = "| case | ours | times faster than | times less memory than |\n|---|---|---|---|\n"
     return "\n\n".join(
         f"**{TITLES[title]}**\n\n{head}" + "\n".join(lines)
         for title, lines in blocks.items()
         if lines
+    )
+
+
+def comparison(providers: dict[str, dict[str, Any]], mine: str) -> str:
+    """How many times better `mine` is than each provider that is not ours."""
+    if mine not in providers or providers[mine]["value"] <= 0:
+        return ""
+    return ", ".join(
+        f"{name} {ratio(providers[mine], row):.3g}"
+        for name, row in providers.items()
+        if not name.startswith(OURS) and 0 < row["value"] < math.inf
     )
 
 
@@ -83,9 +94,12 @@ def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
 def main() -> None:
     """Replaces what stands between the README's performance marks."""
     found = rows()
-    machines = "\n".join(f"- {line}" for line in sorted({row["machine"] for row in found}))
+    machines = "\n".join(
+        f"- {line} (revisions: in the files)"
+        for line in sorted({row["machine"].partition(", git ")[0] for row in found})
+    )
     text = (
-        "Measured side by side in one run, at equal numerics (checked before timing), medians of "
+        "Measured side by side in one run, at equal numerics (checked before timing); below 1 we lose. Medians of "
         f"interleaved rounds:\n\n{machines}\n\n{tables(found)}\n"
     )
     readme = ROOT / "README.md"
