@@ -38,7 +38,9 @@ class Case:
         head: Of the projector.
         width: Of PatchNet.
         view: Side of the whole image in a dense bag, None where the encoder has no dense form.
-        stride: Of a dense bag's grid, which has P positions.
+        stride: Of a dense bag's grid.
+        views: Of each image in a dense bag; each has P / views patches on its grid.
+        view_scale: A view's share of the image's area, drawn between the two; `area` is of a view.
     """
 
     name: str
@@ -55,17 +57,20 @@ class Case:
     width: int | None = None
     view: int | None = None
     stride: int = 1
+    views: int = 1
+    view_scale: tuple[float, float] = (1.0, 1.0)
 
     @property
     def augment(self) -> Augment:
         """EMP-SSL's augmentation of a patch; its blur is Pillow's, here three sigma wide."""
-        return Augment(size=self.patch, scale=(self.area, self.area), blur_kernel=13)
+        low, high = (self.area * share for share in self.view_scale)
+        return Augment(size=self.patch, scale=(low, high), blur_kernel=13)
 
     @property
     def view_augment(self) -> Augment:
         """The same augmentation of a whole image, whose patches all share its draw."""
         assert self.view is not None
-        return replace(self.augment, size=self.view, scale=(1.0, 1.0))
+        return replace(self.augment, size=self.view, scale=self.view_scale)
 
     def smaller(self, batch: int) -> Case:
         return replace(self, batch=min(batch, self.batch))

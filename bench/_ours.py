@@ -60,7 +60,7 @@ class Ours(System):
         return BagLoader(
             self.setup.images.source,
             batch_size=self.case.batch,
-            patches=1 if self.dense else self.case.patches,
+            patches=self.case.views if self.dense else self.case.patches,
             augment=self.case.view_augment if self.dense else self.case.augment,
             indices=self.setup.indices,
             num_threads=self.setup.threads,
@@ -113,7 +113,7 @@ class OursDense(Ours):
     def example(self, batch: int | None = None) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         side, c = self.case.view or 0, self.case
-        return torch.randn((1, batch or c.batch, 3, side, side), generator=generator)
+        return torch.randn((c.views, batch or c.batch, 3, side, side), generator=generator)
 
 
 class OursCompiled(Ours):

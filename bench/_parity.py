@@ -26,8 +26,9 @@ from bagssl_fast import ops
 from bagssl_fast.losses import build_loss
 
 IMAGES = 8  # of a parity check
-# Relative: of the loss, of the gradient. Batch norm in channels-last memory alone (torch 2.14, CPU)
-# has gradients that are off by 1e-3, contiguous ones by 1e-6; bfloat16 has 8 bits.
+# Relative: of the loss, of the gradient. In channels-last memory (torch 2.14, CPU) gradients through
+# batch norm are off by up to 5e-3 here, plain torch's as ours; in contiguous memory by 1e-6.
+# bfloat16 has 8 bits.
 TOLERANCE = {"cpu": (1e-4, 1e-2), "cuda": (2e-2, 0.2)}
 
 
@@ -46,7 +47,7 @@ def check(system: System) -> Parity:
     """Compares a system with the truth on a small batch."""
     example = system.example(IMAGES)
     if isinstance(system, OursDense):
-        patches = cut(example[0], system.case)
+        patches = torch.cat([cut(view, system.case) for view in example])
         found = [
             compare(system, example, truth(system.case, system, patches, train=False), train=False),
             compare(system, example, truth(system.case, system, example, train=True), train=True),

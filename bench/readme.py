@@ -99,8 +99,8 @@ def main() -> None:
         for line in sorted({row["machine"].partition(", git ")[0] for row in found})
     )
     text = (
-        "Measured side by side in one run, at equal numerics (checked before timing); below 1 we lose. Medians of "
-        f"interleaved rounds:\n\n{machines}\n\n{tables(found)}\n"
+        "Measured side by side in one run, at equal numerics (checked before timing), medians of "
+        f"interleaved rounds; below 1 we lose:\n\n{machines}\n\n{tables(found)}\n"
     )
     readme = ROOT / "README.md"
     before = readme.read_text()

@@ -2,6 +2,9 @@
 
     python bench/time_to_accuracy.py [--quick] [--systems ...] [--seeds 3] [--epochs 1]
 
+The bags are those of `configs/cifar10_cpu.yaml`: two views of 24 pixels for a dense bag and four
+patches of 16 pixels of each; the baselines draw eight patches of the same sizes, each augmented by
+itself.
 Every system trains the same encoder from the same weights by the same optimiser (AdamW at a
 constant rate), on its own data path: ours dense, and the baselines patch by patch. Now and then,
 and once before the first step, the clock stands still, and a frozen copy of the encoder embeds
@@ -42,7 +45,18 @@ from bagssl_fast.model import BagModel
 from bagssl_fast.probes import knn_accuracy, linear_probe
 
 TARGETS = (0.50, 0.55, 0.60)
+EVAL_STRIDE = 4  # 25 patches of 16 pixels on 32x32
 OPTIM = OptimConfig(name="adamw", lr=2e-3, weight_decay=1e-4)
+CASE = replace(
+    TRAINING["cifar-tcr"],
+    optim=OPTIM,
+    patches=8,
+    area=(16 / 24) ** 2,
+    view=24,
+    stride=8,
+    views=2,
+    view_scale=(0.25, 1.0),
+)
 
 
 def labels(images: Images) -> Tensor:
@@ -64,7 +78,7 @@ def bags(system: System, images: Images) -> Tensor:
     features = []
     for part in np.array_split(images.array, max(1, len(images) // 250)):
         pixels = torch.from_numpy(part).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-        features.append(model.embed_dense(pixels.to(system.setup.device), case.stride).mean(dim=0))
+        features.append(model.embed_dense(pixels.to(system.setup.device), EVAL_STRIDE).mean(dim=0))
     return torch.cat(features).float().cpu()
 
 
@@ -107,7 +121,7 @@ def main() -> None:
     if o.quick:
         o.seeds, o.images, o.every, o.epochs = 1, min(o.images, 640), 5, 1.0
     torch.set_num_threads(o.threads)
-    case: Case = replace(TRAINING["cifar-tcr"], optim=OPTIM, batch=64 if o.quick else 100)
+    case: Case = replace(CASE, batch=64 if o.quick else CASE.batch)
     report = Report("time_to_accuracy", o.threads)
     curves: dict[str, list[tuple[float, float]]] = {}
     times: dict[tuple[str, str], list[float]] = {}
