@@ -26,8 +26,8 @@ from bagssl_fast import ops
 from bagssl_fast.losses import build_loss
 
 IMAGES = 8  # of a parity check
-# Relative: of the loss, of the gradient. In channels-last memory (torch 2.14, CPU) gradients through
-# batch norm are off by up to 5e-3 here, plain torch's as ours; in contiguous memory by 1e-6.
+# Relative: of the loss, of the gradient. Channels-last (torch 2.14, CPU), gradients through
+# batch norm are off by up to 5e-3 here, plain torch's as ours; contiguous by 1e-6.
 # bfloat16 has 8 bits.
 TOLERANCE = {"cpu": (1e-4, 1e-2), "cuda": (2e-2, 0.2)}
 
