@@ -86,6 +86,12 @@ def test_neighbours_are_of_other_images_nearest_first(patches):
     assert torch.allclose(cosine[:, 0], others.max(dim=1).values)
 
 
+def test_the_gallery_shows_an_image_once():
+    image = torch.tensor([0, 0, 1, 1, 2, 2])
+    found = torch.tensor([[1, 0, 5, 4, 2], [3, 2, 4, 0, 1]])
+    assert lo.one_per_image(found, image, 2).tolist() == [[1, 5], [3, 4]]
+
+
 def test_mosaic_puts_patches_where_it_says(patches):
     canvas, middles = lo.mosaic(patches.pixels, [torch.tensor([[3], [5]]), torch.tensor([[7, 8]])])
     assert canvas.shape == (2 * 5 - 1, 4 + 2 + 4 + 1 + 4, 3)

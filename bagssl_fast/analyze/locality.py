@@ -307,8 +307,10 @@ def draw_gallery(context: Context, patches: Patches) -> Figure:
     shown = {}
     for layer in LAYERS:
         x = patches.features[layer]
-        found = neighbours(x, patches.image.to(x.device), queries.to(x.device), SHOWN)
-        shown[layer] = found.cpu()
+        # All patches of SHOWN images are enough to find so many different ones.
+        depth = SHOWN * GRID * GRID
+        found = neighbours(x, patches.image.to(x.device), queries.to(x.device), depth).cpu()
+        shown[layer] = one_per_image(found, patches.image, SHOWN)
     figure, (axis,) = figures.panels(width=8.2, height=0.5 * len(queries) + 0.5)
     strip = [("query", queries[:, None]), *((LAYERS[k], v) for k, v in shown.items())]
     canvas, middles = mosaic(patches.pixels, [indices for _, indices in strip])
@@ -323,10 +325,21 @@ def draw_gallery(context: Context, patches: Patches) -> Figure:
         context.out,
         "locality_gallery",
         "Nearest patches of other images",
-        f"Each row: a patch drawn blindly, its {SHOWN} nearest patches of other images in the "
-        f"embedding h, and in the projection z, nearest first, among "
-        f"{len(patches.image)} patches of {images} images.",
+        f"Each row: a patch drawn blindly, and the {SHOWN} other images that come nearest to it "
+        "with one of their patches, in the embedding h and in the projection z, nearest first; "
+        f"among {len(patches.image)} patches of {images} images.",
     )
+
+
+def one_per_image(found: Tensor, image: Tensor, k: int) -> Tensor:
+    """Of ranked patches [Q, n] the first of each image, the first k of these [Q, k]."""
+    rows = []
+    for row in found.tolist():
+        first: dict[int, int] = {}
+        for patch in row:
+            first.setdefault(int(image[patch]), patch)
+        rows.append(list(first.values())[:k])
+    return torch.tensor(rows)
 
 
 def mosaic(pixels: Tensor, blocks: Sequence[Tensor]) -> tuple[Any, list[float]]:
