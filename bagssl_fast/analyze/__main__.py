@@ -161,11 +161,14 @@ def write(context: Context, results: Sequence[Result], about: About) -> None:
 def markdown(results: Sequence[Result], about: About) -> str:
     """Verdicts, texts, figures and tables as Markdown."""
     verdicts: list[list[str | int | float]] = [[r.claim, r.title, r.verdict] for r in results]
-    minutes = f"{about['seconds'] / 60:.0f} minutes by the wall, {about['cpu_seconds'] / 60:.0f}"
+    minutes = (
+        f"{about['cpu_seconds'] / 60:.0f} minutes of CPU time ({about['seconds'] / 60:.0f} by the "
+        "wall, whatever else the machine did included)"
+    )
     machine = ", ".join([about["machine"]["cpu"], f"{about['machine']['cores']} cores"])
     parts = [
         f"# The paper's claims on {about['data']}\n",
-        f"Made by `{about['command']}`: {about['seeds']} seed(s), {minutes} of CPU time; "
+        f"Made by `{about['command']}`: {about['seeds']} seed(s), {minutes}; "
         f"{machine}, torch {about['machine']['packages']['torch']}. Verdicts are computed from "
         "the numbers: a difference counts beyond two standard errors.\n",
         Table("Verdicts", ["claim", "", "verdict"], verdicts).markdown(),
