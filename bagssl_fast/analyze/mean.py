@@ -85,7 +85,8 @@ def curves(context: Context, model: BagModel, config: Config, seed: int) -> Curv
     source, places = context.images.test, context.images.test_indices
     places = torch.arange(len(source)) if places is None else places
     generator = torch.Generator().manual_seed(seed)
-    chosen = places[torch.randperm(len(places), generator=generator)[:images]].sort().values
+    # Not sorted: data sets lie in order of their classes, and the next image is "another image".
+    chosen = places[torch.randperm(len(places), generator=generator)[:images]]
     most = QUICK_PATCHES if context.quick else PATCHES
     config = look_at(config, MAIN_SIDE, (most,))
     plan = replace(make_plan(config, model, context.device), counts=(CENTER, most))
