@@ -254,47 +254,50 @@ def judge(
     wrong = [name for name, error in errors.items() if error > IDENTITY]
     unbiased = abs(bias[0]) <= 3 * bias[1]
 
-    sentences = []
-    for name, (gap, degrees) in ends.items():
-        verb = "reaches" if reached[name] else "does not reach"
-        if name == USUAL and reached[name]:
-            sentences.append(f"With the usual 25, 25, 1 it does so too ({degrees:.2g} degrees).")
-        elif name == USUAL:
-            sentences.append(
-                f"With the usual 25, 25, 1 it ends {degrees:.2g} degrees away from them: two "
-                "patches of an image agree less here than two views of a picture do, invariance "
-                f"keeps the variances at {variance:.2f} instead of 1, and what is that small the "
-                "covariance term of weight 1 hardly sees."
-            )
-        elif name.startswith("VICReg"):
-            sentences.append(
-                "VICReg in expectation, its variance and covariance terms as good as constraints "
-                f"by the weights {', '.join(f'{c:g}' for c in HARD)}, {verb} the span of "
-                f"eigenvectors 2 to {DIM + 1} (largest angle {degrees:.2g} degrees); the constant "
-                "first one its variance term excludes."
-            )
-        else:
-            sentences.append(
-                f"{name[0].upper()}{name[1:]}: training {verb} the optimum; its loss ends "
-                f"{gap:.1e} of the optimum's size above it, its span {degrees:.2g} degrees away."
-            )
-    link = (
-        "the mean squared inner product of unrelated patches is the squared norm of the second "
-        "moment, and VICReg's covariance term its off-diagonal part (centred)"
-    )
+    told = {n: tell(n, reached[n], *ends[n], variance) for n in ends}
+    spectral = " ".join(text for name, text in told.items() if not name.startswith("VICReg"))
+    vicreg = " ".join(text for name, text in told.items() if name.startswith("VICReg"))
     if wrong:
-        sentences.append(f"The identities fail numerically: {', '.join(wrong)}.")
+        identities = f"The identities fail numerically: {', '.join(wrong)}."
     else:
-        sentences.append(
+        identities = (
             "The identities hold to rounding: the co-occurrence loss is 2w times the spectral loss "
-            f"plus a constant; {link} (relative errors up to {max(errors.values()):.0e})."
+            "plus a constant; the mean squared inner product of unrelated patches is the squared "
+            "norm of the second moment, and VICReg's covariance term its off-diagonal part, once "
+            f"centred (relative errors up to {max(errors.values()):.0e})."
         )
-    sentences.append(
-        f"On sampled bags losses.Spectral {'is' if unbiased else 'is NOT'} unbiased: mean "
+    identities += (
+        f" On sampled bags `losses.Spectral` {'is' if unbiased else 'is NOT'} unbiased: mean "
         f"difference {bias[0]:+.1e} of the loss, standard error {bias[1]:.1e}."
     )
     holds = all(good for name, good in reached.items() if name != USUAL) and not wrong and unbiased
-    return "holds" if holds else "does not hold", " ".join(sentences)
+    text = "\n\n".join(part for part in (spectral, vicreg, identities) if part)
+    return "holds" if holds else "does not hold", text
+
+
+def tell(name: str, reached: bool, gap: float, degrees: float, variance: float) -> str:
+    """A sentence on one training."""
+    verb = "reaches" if reached else "does not reach"
+    if name == USUAL and reached:
+        return f"With the usual 25, 25, 1 it does so too ({degrees:.2g} degrees)."
+    if name == USUAL:
+        return (
+            f"With the usual 25, 25, 1 it ends {degrees:.2g} degrees away from them: the patches "
+            "of an image agree only so far in this world, and against a strong invariance term the "
+            f"variances end at {variance:.2f} instead of 1, where the covariance term, which is of "
+            "the order of their squares, weighs little."
+        )
+    if name.startswith("VICReg"):
+        return (
+            "VICReg in expectation, its variance and covariance terms as good as constraints by "
+            f"the weights {', '.join(f'{c:g}' for c in HARD)}, {verb} the span of eigenvectors 2 "
+            f"to {DIM + 1} (largest angle {degrees:.2g} degrees); the constant first one its "
+            "variance term excludes."
+        )
+    return (
+        f"{name[0].upper()}{name[1:]}: training {verb} the optimum; its loss ends {gap:.1e} of the "
+        f"optimum's size above it, its span {degrees:.2g} degrees away."
+    )
 
 
 def draw_training(context: Context, curves: list[dict[str, Curve]]) -> Figure:

@@ -218,36 +218,41 @@ def judge(measured: dict[str, list[Measured]], images: int) -> tuple[Verdict, st
         values(measured["trained z"], "nearer"), values(measured["trained h"], "nearer"), images
     )
     verdict = all_of([local.verdict, invariant.verdict])
+    learnt = difference(
+        values(measured["trained h"], "position"), values(measured["random h"], "position"), test
+    )
+    source = difference(
+        values(measured["trained z"], "nearer"), values(measured["random z"], "nearer"), images
+    )
 
     def show(name: str, field: str) -> str:
         return percent(values(measured[name], field))
 
-    def mean(name: str, field: str) -> float:
-        return statistics.fmean(values(measured[name], field))
-
-    told = {"holds": "more", "does not hold": "less", "undecided": "neither more nor less"}
-    learnt = mean("trained h", "position") - mean("random h", "position")
-    source = mean("trained z", "nearer") - mean("random z", "nearer")
+    told = {"holds": "more", "does not hold": "less", "undecided": "as much"}
+    comparison = {"holds": " than", "does not hold": " than", "undecided": ", within the error, as"}
+    done = {"holds": "adds to it", "does not hold": "takes from it", "undecided": "changes little"}
     text = f"""\
 {images} test images, {GRID * GRID} patches each on a grid, half the image wide, without \
 augmentation; the network was trained on such patches. A space is local if a patch's place in its \
 image can be read from it, and invariant if the patches of one image lie together.
 
-The embedding tells {told[local.verdict]} about the place than the projection: a linear probe \
-finds it among {GRID * GRID} with {show("trained h", "position")}% from h and \
-{show("trained z", "position")}% from z (chance {100 / GRID**2:.1f}%; h - z {local.points()} \
-points). The projection tells {told[invariant.verdict]} about the source image: a patch lies \
-nearer to one of its own image, with which it shares no pixel, than to one of another in \
-{show("trained z", "nearer")}% of all cases in z and {show("trained h", "nearer")}% in h (chance \
-50%; z - h {invariant.points()} points).
+The embedding tells {told[local.verdict]} about the place{comparison[local.verdict]} the \
+projection: a linear probe finds it among {GRID * GRID} with {show("trained h", "position")}% \
+from h and {show("trained z", "position")}% from z (chance {100 / GRID**2:.1f}%; difference \
+{local.points()} points). The projection tells {told[invariant.verdict]} about the source \
+image{comparison[invariant.verdict]} the embedding: a patch lies nearer to one of its own image, \
+with which it shares no pixel, than to one of another in {show("trained z", "nearer")}% of all \
+cases in z and {show("trained h", "nearer")}% in h (chance 50%; difference {invariant.points()} points). By the \
+very nearest patch, the source is found in {show("trained z", "nearest")}% from z and \
+{show("trained h", "nearest")}% from h.
 
 The same network at random tells the place with {show("random h", "position")}% from h: training \
-has {"added to" if learnt > 0 else "taken from"} what h tells of it ({100 * learnt:+.1f} points). \
-Own patches are nearer in {show("random z", "nearer")}% in the random z ({100 * source:+.1f} \
-points by training): colours and brightness alone tell much of an image, and no number here is \
-free of them.
+{done[learnt.verdict]} ({learnt.points()} points). Own patches are nearer in \
+{show("random z", "nearer")}% in the random z: training {done[source.verdict]} \
+({source.points()} points). Colours and brightness alone tell much of an image, and no number here \
+is free of them.
 
-The gallery shows the nearest patches of other images in either space, for queries drawn blindly. \
+The gallery shows the other images that come nearest in either space, for queries drawn blindly. \
 It illustrates and proves nothing: eight queries are not a sample. A linear probe finds what can \
 be read by a plane, not all that is there."""
     return verdict, text
