@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from bagssl_fast import ops, sketch
+from bagssl_fast.correlation import cross_correlation
 from bagssl_fast.distributed import all_reduce_mean, gather
 
 LossOutput = tuple[Tensor, dict[str, Tensor]]
@@ -147,17 +148,15 @@ class BarlowTwins(nn.Module):
         _check_slots("BarlowTwins", z)
         with torch.autocast(z.device.type, enabled=False):
             z = gather(_full(z), 1, self.group)
-            num_slots, batch, _ = z.shape
+            num_slots = len(z)
             _check_images("BarlowTwins", z)
             var, mean = torch.var_mean(z, dim=1, correction=0, keepdim=True)
             z = (z - mean) * torch.rsqrt(var + self.eps)
             # Of two slots, the pair and its mirror image have one value: once is enough.
             firsts, seconds = (z[:1], z[1:]) if num_slots == 2 else (z, z.roll(-1, dims=0))
-            correlation = firsts.mT @ seconds / batch  # [P, D, D]
-            diagonal = correlation.diagonal(dim1=1, dim2=2)
+            diagonal, squares = cross_correlation(firsts, seconds)
             on_diagonal = (diagonal - 1).square().sum(dim=1).mean()
-            squares = correlation.square().sum(dim=(1, 2)) - diagonal.square().sum(dim=1)
-            off_diagonal = squares.mean()
+            off_diagonal = (squares - diagonal.square().sum(dim=1)).mean()
             loss = on_diagonal + self.lambda_offdiag * off_diagonal
         return loss, _detached(on_diagonal=on_diagonal, off_diagonal=off_diagonal)
 

@@ -1,0 +1,167 @@
+"""Other people's training before and after the swap: the same losses, seconds and memory.
+
+Each host trains twice at once, from the same weights on the same CIFAR-10 patches, its steps taken
+in turn: as it is, and with our pieces in place (`apply_to_*`). The loss curves must agree. Time is
+that of whole steps: forward, loss, backward, optimizer; data is not in it. A host that is not here
+is named and left out; docs/swap-in.md says how to get it. With a checkout of lightly, its own tests
+of the three losses run on our classes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import OURS, Report, arguments
+from _memory import peak_memory
+from _swap_hosts import HOSTS, PIXELS, Host, Missing, checkout, revision
+from torch import Tensor
+
+from bagssl_fast.augment import Augment
+from bagssl_fast.integrations.data import MultiCropLoader
+
+AS_IT_IS = "the host as it is"
+# Two float32 trainings drift apart: of the loss, at any step.
+CURVE_TOLERANCE = 1e-2
+LIGHTLY_TESTS = ("vicreg_loss", "barlow_twins_loss", "vicregl_loss", "emp_ssl_loss")
+
+
+def crops(source: str, host: Host, batches: int) -> list[list[Tensor]]:
+    """A few batches of P crops [B, 3, 16, 16]."""
+    augment = Augment(size=PIXELS)
+    loader = MultiCropLoader(source, host.batch, host.patches, augment, num_threads=1)
+    made: list[list[Tensor]] = []
+    while len(made) < batches:
+        for crops, _ in loader:
+            made.append([crop.contiguous().clone() for crop in crops])
+            if len(made) == batches:
+                break
+    loader.close()
+    return made
+
+
+def train(
+    host: Host, batches: list[list[Tensor]], steps: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Milliseconds and losses of every step, with and without our pieces, in turn."""
+    module = host.load()
+    providers: dict[str, Callable[[Any], Any]] = {
+        AS_IT_IS: lambda _: nullcontext(),
+        OURS: host.apply,
+    }
+    runs = {}
+    for name in providers:
+        torch.manual_seed(0)
+        runs[name] = host.build(module)
+    milliseconds: dict[str, list[float]] = {name: [] for name in providers}
+    losses: dict[str, list[float]] = {name: [] for name in providers}
+    for step in range(steps):
+        for name in list(providers)[:: 1 if step % 2 else -1]:
+            with providers[name](module):
+                begin = time.perf_counter()
+                loss = runs[name](batches[step % len(batches)])
+                milliseconds[name].append((time.perf_counter() - begin) * 1e3)
+            losses[name].append(float(loss))
+    return milliseconds, losses
+
+
+def memory_call(name: str, provider: str, batch: Sequence[Tensor], threads: int) -> Callable:
+    """One training step, after another one, for a fresh process."""
+    torch.set_num_threads(threads)
+    host = HOSTS[name]
+    module = host.load()
+    context = host.apply(module) if provider == OURS else nullcontext()
+    context.__enter__()
+    step = host.build(module)
+    step(batch)
+    return lambda: step(batch)
+
+
+def bench(report: Report, name: str, options: Any) -> None:
+    host = HOSTS[name]
+    case = f"{name} {revision(host)}"
+    host.load()
+    batches = crops(options.source, host, 4 if options.quick else 25)
+    steps = min(options.steps, 6) if options.quick else options.steps
+    milliseconds, losses = train(host, batches, steps)
+    error = max(abs(a - b) / abs(b) for a, b in zip(losses[OURS], losses[AS_IT_IS], strict=True))
+    report.parity(case, OURS, error, CURVE_TOLERANCE)
+    for provider in (OURS, AS_IT_IS):
+        report.add(case, provider, "step", milliseconds[provider][2:], "ms")
+        report.add(case, provider, "training", [sum(milliseconds[provider]) / 1e3], "s")
+        report.add(case, provider, "first loss", [losses[provider][0]], "loss")
+        report.add(case, provider, "last loss", [losses[provider][-1]], "loss")
+    first, last = losses[AS_IT_IS][0], losses[AS_IT_IS][-1]
+    print(f"\n{case}: {host.shape}; {steps} steps, loss {first:.4g} to {last:.4g},")
+    print(f"  the two curves are within {error:.1e} of each other at every step")
+    report.table(case, "step", title=f"{case}: a whole step")
+    if not options.no_memory:
+        for provider in (OURS, AS_IT_IS):
+            peak = peak_memory(memory_call, name, provider, batches[0], options.threads)
+            report.add(case, provider, "memory", [max(peak, 0.01)], "MiB")
+        report.table(case, "memory", title=f"{case}: peak memory of a step")
+
+
+def lightly_tests(report: Report) -> None:
+    """lightly's own tests of its losses, run on our classes."""
+    folder = checkout("lightly")
+    if importlib.util.find_spec("pytest_mock") is None:
+        raise Missing("lightly's tests want pytest-mock")
+    here = str(Path(__file__).resolve().parent)
+    files = [f"tests/loss/test_{name}.py" for name in LIGHTLY_TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "_swap_plugin", "-p", "no:cacheprovider"]
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [*command, "-W", "ignore", *files],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped)", done.stdout)}
+    if not counts.get("passed"):
+        raise Missing(f"lightly's tests did not run: {done.stdout[-800:]}{done.stderr[-400:]}")
+    for word in ("passed", "failed", "skipped"):
+        report.add("lightly's own loss tests", OURS, word, [counts.get(word, 0)], "tests")
+    failed = re.findall(r"FAILED (\S+)", done.stdout)
+    print(f"\nlightly's own loss tests on our classes: {counts}", *failed, sep="\n  ")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    data = Path(os.environ.get("BAGSSL_DATA", "."), "cifar10-train.tar")
+    parser.add_argument("--host", nargs="+", default=list(HOSTS), metavar="NAME", help="which")
+    parser.add_argument("--source", default=str(data) if data.exists() else "demo", help="images")
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory measurements")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    report = Report("bench_swap", threads=options.threads)
+    wanted = [name for name in HOSTS if any(name.startswith(host) for host in options.host)]
+    if not wanted:
+        raise SystemExit(f"--host {' '.join(options.host)}: the hosts are {', '.join(HOSTS)}")
+    for name in wanted:
+        try:
+            bench(report, name, options)
+        except Missing as missing:
+            print(f"\n{name}: not here; {missing}")
+    if any(name.startswith("lightly") for name in wanted):
+        try:
+            lightly_tests(report)
+        except Missing as missing:
+            print(f"\nlightly's own loss tests: not here; {missing}")
+    report.save(options.json, options.csv)
+
+
+if __name__ == "__main__":
+    main()
