@@ -426,12 +426,13 @@ def solo(request):
 @pytest.mark.parametrize("shape", PAIRS.values(), ids=PAIRS)
 @pytest.mark.parametrize("name", ["vicreg_loss_func", "barlow_loss_func"])
 def test_solo_losses_are_solo_learns(solo, name, shape):
-    zs = views(*shape)
+    # The real Barlow Twins is float32 alone: then both sides round.
+    zs = [z.float() for z in views(*shape)]
     expected = value_and_gradients(getattr(solo, name), zs)
-    assert_same(value_and_gradients(getattr(solo_learn, name), zs), expected)
+    assert_same(value_and_gradients(getattr(solo_learn, name), zs), expected, slack=5)
     with apply_to_solo_learn():
         assert is_ours(getattr(solo, name))
-        assert_same(value_and_gradients(getattr(solo, name), zs), expected)
+        assert_same(value_and_gradients(getattr(solo, name), zs), expected, slack=5)
     assert not is_ours(getattr(solo, name))
 
 
