@@ -18,6 +18,7 @@ from bagssl_fast import ops
 from bagssl_fast._extension import _C
 from bagssl_fast.augment import Augment
 from bagssl_fast.data import BagLoader, Batch, Source, open_source
+from bagssl_fast.data.batch import ImageBatch
 from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image
 
 LAYOUTS = ("pair", "lightly", "solo_learn")
@@ -67,7 +68,7 @@ class MultiCropLoader(BagLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return map(self._arranged, super().__iter__())
 
-    def _arranged(self, batch: Batch) -> Any:
+    def _arranged(self, batch: Batch | ImageBatch) -> Any:
         crops = list(batch.patches)
         if self.layout == "lightly":
             return crops, batch.labels, [self.source.name(i) for i in batch.index.tolist()]
