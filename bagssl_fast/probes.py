@@ -65,11 +65,13 @@ class LinearResult:
         accuracy: On the test rows, of the classifier fitted on all training rows.
         held_out: On the training rows that chose the penalty.
         penalty: The chosen one.
+        correct: Which test rows it gets right, bool [M].
     """
 
     accuracy: float
     held_out: float
     penalty: float
+    correct: Tensor
 
 
 @torch.no_grad()
@@ -115,19 +117,21 @@ def linear_probe(
     grid = RIDGE_GRID if method == "ridge" else LOGISTIC_GRID
     fit = _ridge_path if method == "ridge" else _logistic_path
     scores = [
-        _accuracy(weights, train[held], train_labels[held]) for weights in fit(x, y, classes, grid)
+        float(_correct(weights, train[held], train_labels[held]).double().mean())
+        for weights in fit(x, y, classes, grid)
     ]
     best = max(range(len(grid)), key=scores.__getitem__)
     # The path up to the chosen penalty: logistic regression starts each from the one before.
     path = grid[best : best + 1] if method == "ridge" else grid[: best + 1]
     weights = fit(train, train_labels, classes, path)[-1]
-    return LinearResult(_accuracy(weights, test, test_labels), scores[best], grid[best])
+    correct = _correct(weights, test, test_labels)
+    return LinearResult(float(correct.double().mean()), scores[best], grid[best], correct)
 
 
-def _accuracy(weights: Tensor, x: Tensor, labels: Tensor) -> float:
-    """Of weights [F + 1, K], the last row being the bias."""
+def _correct(weights: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+    """Which rows weights [F + 1, K], the last row being the bias, get right."""
     logits = x @ weights[:-1] + weights[-1]
-    return float((logits.argmax(dim=1) == labels).double().mean())
+    return logits.argmax(dim=1) == labels
 
 
 def _ridge_path(x: Tensor, y: Tensor, classes: int, grid: tuple[float, ...]) -> list[Tensor]:

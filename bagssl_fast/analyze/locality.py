@@ -26,7 +26,7 @@ from torch import Tensor
 from bagssl_fast.analyze import figures
 from bagssl_fast.analyze.models import Context
 from bagssl_fast.analyze.study import Figure, Result, Study, Table, Verdict
-from bagssl_fast.analyze.verdict import all_of, difference, percent
+from bagssl_fast.analyze.verdict import Difference, all_of, paired, percent
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import Config, patch_size
 from bagssl_fast.data import BagLoader
@@ -62,7 +62,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one space tells; fractions.
+    """What one space tells: fractions, of each image [N] (those that the probe did not see).
 
     Args:
         position: Linear probe of the position among 16, on images it has not seen.
@@ -71,10 +71,14 @@ class Measured:
         nearest: Patches whose nearest one is of the same image.
     """
 
-    position: float
-    neighbour_position: float
-    nearer: float
-    nearest: float
+    position: Tensor
+    neighbour_position: Tensor
+    nearer: Tensor
+    nearest: Tensor
+
+    def means(self) -> dict[str, float]:
+        """Over the images."""
+        return {name: float(values.double().mean()) for name, values in vars(self).items()}
 
 
 @torch.inference_mode()
@@ -128,9 +132,19 @@ def measure(patches: Patches, layer: str) -> Measured:
     cut = image < 2 * (int(image.max()) + 1) // 3  # whole images on either side
     probe = linear_probe(x[cut], position[cut], x[~cut], position[~cut])
     found = neighbours(x, image, torch.arange(len(x), device=x.device), NEIGHBOURS)
-    same_place = (position[found] == position[:, None]).float().mean()
+    same_place = (position[found] == position[:, None]).float().mean(dim=1)
     nearer, nearest = source_image(x, position, image)
-    return Measured(probe.accuracy, float(same_place), nearer, nearest)
+    return Measured(
+        position=per_image(probe.correct, GRID * GRID),
+        neighbour_position=per_image(same_place, GRID * GRID),
+        nearer=per_image(nearer, len(CORNERS)),
+        nearest=per_image(nearest, len(CORNERS)),
+    )
+
+
+def per_image(values: Tensor, patches: int) -> Tensor:
+    """Means over the patches of each image, of values per patch."""
+    return values.float().view(-1, patches).mean(dim=1).cpu()
 
 
 def neighbours(x: Tensor, image: Tensor, queries: Tensor, k: int) -> Tensor:
@@ -144,8 +158,8 @@ def neighbours(x: Tensor, image: Tensor, queries: Tensor, k: int) -> Tensor:
     return torch.cat(found)
 
 
-def source_image(x: Tensor, position: Tensor, image: Tensor) -> tuple[float, float]:
-    """`nearer` and `nearest` of `Measured`, over the corner patches, which share no pixels."""
+def source_image(x: Tensor, position: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """`nearer` and `nearest` of `Measured` for each corner patch; these share no pixels."""
     corner = torch.isin(position, torch.tensor(CORNERS, device=position.device))
     rows, source = directions(x[corner]), image[corner]
     nearer, nearest = [], []
@@ -153,20 +167,22 @@ def source_image(x: Tensor, position: Tensor, image: Tensor) -> tuple[float, flo
         cosine = rows[part] @ rows.T
         itself = part[:, None] == torch.arange(len(rows), device=x.device)
         same = (source[part][:, None] == source) & ~itself
-        nearest.append(same.gather(1, cosine.masked_fill(itself, -2).argmax(dim=1, keepdim=True)))
+        first = cosine.masked_fill(itself, -2).argmax(dim=1, keepdim=True)
+        nearest.append(same.gather(1, first)[:, 0])
         # Rank sums: of each patch, how many of other images lie behind each of its own.
         order = cosine.masked_fill(itself, -2).argsort(dim=1)
         ranks = same.gather(1, order).float()
         others = (~same & ~itself).gather(1, order).float()
         behind = (others.cumsum(dim=1) * ranks).sum(dim=1)
         nearer.append(behind / (ranks.sum(dim=1) * others.sum(dim=1)))
-    return float(torch.cat(nearer).mean()), float(torch.cat(nearest).float().mean())
+    return torch.cat(nearer), torch.cat(nearest)
 
 
-def chance(images: int) -> Measured:
+def chance(images: int) -> dict[str, float]:
     """What a space that knows nothing would show."""
-    corners = len(CORNERS)
-    return Measured(1 / GRID**2, 1 / GRID**2, 0.5, (corners - 1) / max(1, corners * images - 1))
+    nearest = (len(CORNERS) - 1) / max(1, len(CORNERS) * images - 1)
+    place = 1 / GRID**2
+    return {"position": place, "neighbour_position": place, "nearer": 0.5, "nearest": nearest}
 
 
 def run(context: Context) -> Result:
@@ -189,8 +205,8 @@ def run(context: Context) -> Result:
                 measured.setdefault(f"{network} {layer}", []).append(measure(patches, layer))
     assert first is not None
     verdict, text = judge(measured, images)
-    numbers: dict[str, Any] = {"images": images, "chance": vars(chance(images))}
-    numbers |= {name: [vars(m) for m in values] for name, values in measured.items()}
+    numbers: dict[str, Any] = {"images": images, "chance": chance(images)}
+    numbers |= {name: [m.means() for m in values] for name, values in measured.items()}
     pictures = [draw_gallery(context, first), draw_bars(context, measured, images)]
     return Result(4, TITLE, verdict, text, [make_table(measured, images)], pictures, numbers)
 
@@ -205,25 +221,22 @@ FIELDS = {
 
 def values(measured: Sequence[Measured], field: str) -> list[float]:
     """One number of each seed."""
-    return [float(getattr(m, field)) for m in measured]
+    return [m.means()[field] for m in measured]
+
+
+def gain(first: Sequence[Measured], second: Sequence[Measured], field: str) -> Difference:
+    """Of two spaces on the same images, image by image and seed by seed: first - second."""
+    pairs = zip(first, second, strict=True)
+    return paired(torch.stack([getattr(a, field) - getattr(b, field) for a, b in pairs]))
 
 
 def judge(measured: dict[str, list[Measured]], images: int) -> tuple[Verdict, str]:
     """The verdict and the text, from the numbers alone."""
-    test = images - 2 * images // 3
-    local = difference(
-        values(measured["trained h"], "position"), values(measured["trained z"], "position"), test
-    )
-    invariant = difference(
-        values(measured["trained z"], "nearer"), values(measured["trained h"], "nearer"), images
-    )
+    local = gain(measured["trained h"], measured["trained z"], "position")
+    invariant = gain(measured["trained z"], measured["trained h"], "nearer")
     verdict = all_of([local.verdict, invariant.verdict])
-    learnt = difference(
-        values(measured["trained h"], "position"), values(measured["random h"], "position"), test
-    )
-    source = difference(
-        values(measured["trained z"], "nearer"), values(measured["random z"], "nearer"), images
-    )
+    learnt = gain(measured["trained h"], measured["random h"], "position")
+    source = gain(measured["trained z"], measured["random z"], "nearer")
 
     def show(name: str, field: str) -> str:
         return percent(values(measured[name], field))
@@ -242,9 +255,10 @@ from h and {show("trained z", "position")}% from z (chance {100 / GRID**2:.1f}%;
 {local.points()} points). The projection tells {told[invariant.verdict]} about the source \
 image{comparison[invariant.verdict]} the embedding: a patch lies nearer to one of its own image, \
 with which it shares no pixel, than to one of another in {show("trained z", "nearer")}% of all \
-cases in z and {show("trained h", "nearer")}% in h (chance 50%; difference {invariant.points()} points). By the \
-very nearest patch, the source is found in {show("trained z", "nearest")}% from z and \
-{show("trained h", "nearest")}% from h.
+cases in z and {show("trained h", "nearer")}% in h (chance 50%; difference \
+{invariant.points()} points). By the very nearest patch, the source is found in \
+{show("trained z", "nearest")}% from z and {show("trained h", "nearest")}% from h. Differences are \
+taken image by image; their errors are those of the mean over images and seeds.
 
 The same network at random tells the place with {show("random h", "position")}% from h: training \
 {done[learnt.verdict]} ({learnt.points()} points). Own patches are nearer in \
@@ -265,7 +279,7 @@ def make_table(measured: dict[str, list[Measured]], images: int) -> Table:
         network, layer = name.split()
         cells = [percent(values(seeds, field)) for field in FIELDS]
         rows.append([f"{network}, {LAYERS[layer]}", *cells])
-    rows.append(["chance", *(f"{100 * getattr(chance(images), field):.1f}" for field in FIELDS)])
+    rows.append(["chance", *(f"{100 * chance(images)[field]:.1f}" for field in FIELDS)])
     return Table(
         "What each space tells, in % (mean and standard deviation over seeds)",
         ["space", *FIELDS.values()],
@@ -285,7 +299,7 @@ def draw_bars(context: Context, measured: dict[str, list[Measured]], images: int
             color = colors.get(name, figures.RANDOM)
             axis.bar(place, statistics.fmean(points), 0.62, color=color, alpha=0.75)
             axis.plot([place] * len(points), points, ".", color="black", markersize=5)
-        level = 100 * float(getattr(chance(images), field))
+        level = 100 * chance(images)[field]
         axis.axhline(level, color="black", linewidth=0.9, linestyle=":", label="chance")
         axis.set_xticks(range(len(measured)), [name.replace(" ", "\n") for name in measured])
         axis.grid(axis="x", visible=False)
