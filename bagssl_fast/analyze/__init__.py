@@ -10,4 +10,10 @@
 - one module per claim: `patches.py` (1), `aggregation.py` (2), `mean.py` (3), `locality.py` (4),
   `cooccurrence.py` (5), `epochs.py` (6).
 - `html.py`: the report.
+
+What it costs, CPU seconds of one Zen 1 core per seed, CIFAR-10, the recipe `analysis`: a training
+(600 steps of 64 images, two patches each) 66, of BYOL 100; reading 5,000 images 20 to 30 from bags
+of 256 patches, 120 where patches are a quarter of the side. Claim 1 takes 560, claim 2 500 beside
+it, claim 3 15, claim 4 60, claim 5 90, claim 6 450: two seeds are an hour of CPU time, some 40
+minutes on two cores.
 """
