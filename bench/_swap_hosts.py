@@ -110,12 +110,12 @@ def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 # ---------------------------------------------------------------------------------------- lightly
 
 
-def lightly_pair(name: str) -> Callable[[ModuleType], Step]:
+def lightly_pair(name: str, lr: float) -> Callable[[ModuleType], Step]:
     def build(loss: ModuleType) -> Step:
         heads = imported("lightly.models.modules.heads")
         model = nn.Sequential(backbone(), heads.VICRegProjectionHead(FEATURES, 1024, 1024))
         criterion = getattr(loss, name)()
-        return stepper(model, lambda crops: criterion(*(model(x) for x in crops)), sgd(model, 1e-3))
+        return stepper(model, lambda crops: criterion(*(model(x) for x in crops)), sgd(model, lr))
 
     return build
 
@@ -129,7 +129,7 @@ def lightly_emp_ssl(loss: ModuleType) -> Step:
         z = nn.functional.normalize(model(torch.cat(list(crops))), dim=1)
         return criterion(list(z.chunk(len(crops))))
 
-    return stepper(model, value, sgd(model, 1e-3))
+    return stepper(model, value, sgd(model, 3e-5))
 
 
 def apply_lightly(_: ModuleType) -> contextlib.AbstractContextManager:
@@ -240,7 +240,7 @@ def emp_ssl(module: ModuleType) -> Step:
         similarity, _ = contractive(z_list, z_avg)
         return 200 * similarity + module.cal_TCR(z, criterion, len(crops))
 
-    return stepper(model, value, sgd(model, 1e-3))
+    return stepper(model, value, sgd(model, 1e-4))
 
 
 def apply_emp_ssl(module: ModuleType) -> contextlib.AbstractContextManager:
@@ -259,9 +259,11 @@ def _lightly_loss() -> ModuleType:
 
 
 HOSTS = {
-    "lightly VICReg": Host("", lightly_pair("VICRegLoss"), _lightly_loss, apply_lightly, PAIR),
+    "lightly VICReg": Host(
+        "", lightly_pair("VICRegLoss", 1e-3), _lightly_loss, apply_lightly, PAIR
+    ),
     "lightly Barlow Twins": Host(
-        "", lightly_pair("BarlowTwinsLoss"), _lightly_loss, apply_lightly, PAIR
+        "", lightly_pair("BarlowTwinsLoss", 1e-4), _lightly_loss, apply_lightly, PAIR
     ),
     "lightly EMP-SSL": Host("", lightly_emp_ssl, _lightly_loss, apply_lightly, BAG, 8, 64),
     "vicreg": Host("vicreg", vicreg, load_vicreg, apply_vicreg, PAIR),

@@ -155,6 +155,7 @@ def main() -> None:
             bench(report, name, options)
         except Missing as missing:
             print(f"\n{name}: not here; {missing}")
+        report.save(options.json, options.csv)  # what is done is kept
     if any(name.startswith("lightly") for name in wanted):
         try:
             lightly_tests(report)
