@@ -23,7 +23,8 @@ RECIPE_FOLDERS = (PACKAGE.parent / "configs", PACKAGE / "recipes")
 # What may differ between a run and its resumption: paths, reporting and speed, never the result.
 FREE_KEYS = re.compile(
     r"data|test_data|name|run_dir|resume|overwrite|device|threads|log_every|checkpoint_every|"
-    r"keep_checkpoints|tensorboard|compile|impl|loader\.(num_threads|batches_ahead|views)|eval\..*"
+    r"keep_checkpoints|tensorboard|compile|cuda_graph|impl|"
+    r"loader\.(num_threads|batches_ahead|views)|eval\..*"
 )
 
 

@@ -205,6 +205,8 @@ class Config:
         precision: auto (bf16 on CUDA, fp32 on the CPU), fp32, bf16 or fp16.
         channels_last: Keep convolution weights and patches channels-last.
         compile: Compile the model with torch.compile.
+        cuda_graph: Replay forward, loss and backward of a step as one CUDA graph: for steps of many
+            small kernels, on one GPU. Not with losses that keep a state (sigreg).
         threads: CPU threads of torch; 0 takes every core this process may use.
         impl: Implementation of the ops: auto, reference, cpu or cuda.
         sync_bn: Share batch-norm statistics between ranks.
@@ -241,6 +243,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     channels_last: bool = True
     compile: bool = False
+    cuda_graph: bool = False
     threads: int = 0
     impl: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     sync_bn: bool = False

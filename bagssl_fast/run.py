@@ -83,6 +83,12 @@ def prepare(config: Config, me: Ranks) -> Run:
         share_batch_norm(model, me.group)
     loss = build_loss(config.loss.name, group=me.group, **config.loss.options).to(me.device)
     optimizer = build_optimizer(model, config.optim)
+    if config.cuda_graph and (me.device.type != "cuda" or me.group or loss.state_dict()):
+        raise ValueError(
+            f"--cuda_graph true on {me.device} x {me.world_size} with the loss {config.loss.name}: "
+            "it takes one GPU and a loss without a state; leave it out (--compile true also saves "
+            "launches)"
+        )
 
     source = open_source(config.data, on_error=config.loader.on_error)
     if config.eval.enabled and config.test_data is not None:

@@ -11,7 +11,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__" and "torch" not in sys.modules:
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bagssl_fast import checkpoint, cli, ranks
+from bagssl_fast.cuda_graph import Computed, GraphedStep
 from bagssl_fast.data import Batch, ImageBatch
 from bagssl_fast.data.feed import ahead
 from bagssl_fast.metrics import Reporter, collapse, memory_mb, say
@@ -52,6 +54,9 @@ def train(run: Run) -> bool:
         run.run_dir if run.ranks.is_main else None, run.total_steps, run.step, config.tensorboard
     )
     meter = Meter(run)
+    compute: Callable[[Tensor], Computed] = partial(step, run)
+    if config.cuda_graph:
+        compute = GraphedStep(compute)
     run.forward.train()
     with StopSignals() as stop, contextlib.closing(reporter):
         for patches in bags(run):
@@ -59,15 +64,11 @@ def train(run: Run) -> bool:
                 group["lr"] = learning_rate(
                     config.optim, run.step, run.total_steps, run.steps_per_epoch, config.batch_size
                 )
-            with torch.autocast(device.type, run.precision, run.precision != torch.float32):
-                h, z = run.forward(patches)
-            loss, terms = run.loss(z.float())
+            loss, terms, h, z = compute(patches)
             meter.add(loss, terms, h)
             if run.step % check_every == 0:
                 meter.raise_if_broken(terms)
 
-            optimizer.zero_grad(set_to_none=True)
-            run.scaler.scale(loss).backward()
             if config.optim.clip_grad > 0:
                 run.scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_grad)
@@ -89,6 +90,16 @@ def train(run: Run) -> bool:
             if last or asked:
                 return last
     return True
+
+
+def step(run: Run, patches: Tensor) -> Computed:
+    """One step up to the optimizer: forward, loss, backward."""
+    with torch.autocast(patches.device.type, run.precision, run.precision != torch.float32):
+        h, z = run.forward(patches)
+    loss, terms = run.loss(z.float())
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    return Computed(loss.detach(), terms, h, z)
 
 
 def bags(run: Run) -> Iterator[Tensor]:

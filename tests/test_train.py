@@ -165,6 +165,13 @@ class TestRun:
         assert status == 0 and final(run_dir)["step"] == STEPS_PER_EPOCH * EPOCHS
         assert all(np.isfinite(r["loss"]) for r in records(run_dir))
 
+    @pytest.mark.gpu
+    def test_replayed_as_a_graph_on_a_gpu(self, start):
+        flags = ["--device", "cuda", "--precision", "fp32", "--cuda_graph"]
+        (_, eager), (_, graph) = (start(DENSE, f"run-{v}", *flags, v) for v in ("false", "true"))
+        for a, b in zip(records(eager), records(graph), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
+
     def test_tells_which_images_were_skipped(self, start, tmp_path):
         from PIL import Image
 
@@ -316,6 +323,7 @@ class TestRefusals:
             (["--batch_size", "1"], "take 2 or more"),
             (["--augment.scale", "[0.5,1.5]"], "cannot be larger than the image"),
             (["--device", "cuda"], "--device cpu"),
+            (["--cuda_graph", "true"], "one GPU"),
             (["--resume", "nowhere"], "no checkpoint there"),
         ],
         ids=lambda value: "=".join(value) if isinstance(value, list) else None,
