@@ -14,16 +14,16 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import OURS, Report, arguments
+from _common import OURS, Report, Timing, arguments, timed
 from _memory import peak_memory
-from _swap_hosts import HOSTS, PIXELS, Host, Missing, checkout, revision
+from _swap_hosts import HOSTS, PIXELS, Host, Missing, Step, checkout, revision
 from torch import Tensor
 
 from bagssl_fast.augment import Augment
@@ -51,8 +51,8 @@ def crops(source: str, host: Host, batches: int) -> list[list[Tensor]]:
 
 def train(
     host: Host, batches: list[list[Tensor]], steps: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Milliseconds and losses of every step, with and without our pieces, in turn."""
+) -> tuple[dict[str, list[Timing]], dict[str, list[float]]]:
+    """Seconds and losses of every step, with and without our pieces, in turn."""
     module = host.load()
     providers: dict[str, Callable[[Any], Any]] = {
         AS_IT_IS: lambda _: nullcontext(),
@@ -62,16 +62,18 @@ def train(
     for name in providers:
         torch.manual_seed(0)
         runs[name] = host.build(module)
-    milliseconds: dict[str, list[float]] = {name: [] for name in providers}
+    times: dict[str, list[Timing]] = {name: [] for name in providers}
     losses: dict[str, list[float]] = {name: [] for name in providers}
     for step in range(steps):
         for name in list(providers)[:: 1 if step % 2 else -1]:
             with providers[name](module):
-                begin = time.perf_counter()
-                loss = runs[name](batches[step % len(batches)])
-                milliseconds[name].append((time.perf_counter() - begin) * 1e3)
-            losses[name].append(float(loss))
-    return milliseconds, losses
+                batch = batches[step % len(batches)]
+                times[name].append(timed(partial(one_step, runs[name], batch, losses[name])))
+    return times, losses
+
+
+def one_step(step: Step, batch: list[Tensor], losses: list[float]) -> None:
+    losses.append(float(step(batch)))
 
 
 def memory_call(name: str, provider: str, batch: Sequence[Tensor], threads: int) -> Callable:
@@ -92,18 +94,21 @@ def bench(report: Report, name: str, options: Any) -> None:
     host.load()
     batches = crops(options.source, host, 4 if options.quick else 25)
     steps = min(options.steps, 6) if options.quick else options.steps
-    milliseconds, losses = train(host, batches, steps)
+    times, losses = train(host, batches, steps)
     error = max(abs(a - b) / abs(b) for a, b in zip(losses[OURS], losses[AS_IT_IS], strict=True))
     report.parity(case, OURS, error, CURVE_TOLERANCE)
     for provider in (OURS, AS_IT_IS):
-        report.add(case, provider, "step", milliseconds[provider][2:], "ms")
-        report.add(case, provider, "training", [sum(milliseconds[provider]) / 1e3], "s")
+        warm = times[provider][2:]
+        report.add(case, provider, "step", [t.wall * 1e3 for t in warm], "ms")
+        report.add(case, provider, "cpu time", [t.cpu * 1e3 for t in warm], "ms")
+        report.add(case, provider, "training", [sum(t.wall for t in times[provider])], "s")
         report.add(case, provider, "first loss", [losses[provider][0]], "loss")
         report.add(case, provider, "last loss", [losses[provider][-1]], "loss")
     first, last = losses[AS_IT_IS][0], losses[AS_IT_IS][-1]
     print(f"\n{case}: {host.shape}; {steps} steps, loss {first:.4g} to {last:.4g},")
     print(f"  the two curves are within {error:.1e} of each other at every step")
-    report.table(case, "step", title=f"{case}: a whole step")
+    report.table(case, "step", title=f"{case}: a whole step, wall time")
+    report.table(case, "cpu time", title=f"{case}: a whole step, CPU time")
     if not options.no_memory:
         for provider in (OURS, AS_IT_IS):
             peak = peak_memory(memory_call, name, provider, batches[0], options.threads)
