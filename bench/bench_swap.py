@@ -152,7 +152,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     report = Report("bench_swap", threads=options.threads)
-    wanted = [name for name in HOSTS if any(name.startswith(host) for host in options.host)]
+    found = (name for host in options.host for name in HOSTS if name.startswith(host))
+    wanted = list(dict.fromkeys(found))  # in the order asked for
     if not wanted:
         raise SystemExit(f"--host {' '.join(options.host)}: the hosts are {', '.join(HOSTS)}")
     for name in wanted:
