@@ -19,7 +19,7 @@ except ImportError as error:
     ) from error
 
 
-class BagFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class BagFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Turns images into bag embeddings, `BagEncoder.from_run(run, ...)` as a transformer.
 
     There is nothing to fit: the encoder is trained. It is read on first use and left out of

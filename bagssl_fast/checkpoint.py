@@ -203,14 +203,20 @@ def load_exported(folder: str | os.PathLike[str]) -> tuple[BagModel, Config, int
 
 def _config_of(described: Mapping[str, Any]) -> Config:
     """The inverse of `describe`."""
-    crop = {key: tuple(v) if isinstance(v, list) else v for key, v in described["crop"].items()}
-    mean, std = tuple(described["mean"]), tuple(described["std"])
+    crop = described["crop"]
+    augment = Augment.none(
+        size=crop["size"],
+        mean=tuple(described["mean"]),
+        std=tuple(described["std"]),
+        scale=tuple(crop["scale"]),
+        ratio=tuple(crop["ratio"]),
+    )
     return Config(
         seed=described["seed"],
         bag=BagConfig(**described["bag"]),
         encoder=EncoderConfig(**described["encoder"]),
         head=HeadConfig(**described["head"]),
-        augment=Augment.none(mean=mean, std=std, **crop),
+        augment=augment,
         eval=EvalConfig(view=described["view"]),
     )
 

@@ -14,7 +14,7 @@ from bagssl_fast import cli, export, ops
 from bagssl_fast.augment import Augment
 from bagssl_fast.bag_encoder import BagEncoder
 from bagssl_fast.config import Config, EncoderConfig, HeadConfig
-from bagssl_fast.graph import to_onnx, to_program
+from bagssl_fast.graph import PatchGraph, to_onnx, to_program
 
 SMALL = HeadConfig(hidden=4, out=4, num_layers=1)
 
@@ -148,21 +148,25 @@ class TestProgram:
 
 
 class TestOnnx:
-    def test_of_images_in_onnxruntime(self, runs, tmp_path, capsys):
+    """The numbers of `images.onnx` are in test_encoder_docs.py, which writes one anyhow."""
+
+    def test_of_patches_in_onnxruntime(self, runs, tmp_path):
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")
         onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-        out = tmp_path / "out"
-        assert export.main([str(runs["dense"]), "--out", str(out), "--onnx", "--patches=9"]) == 0
-        session = onnxruntime.InferenceSession(out / "images.onnx")
+        encoder = BagEncoder.from_run(runs["dense"], layer="projection", normalize=True)
+        to_onnx(encoder, tmp_path / "patches.onnx", "patches")
+        session = onnxruntime.InferenceSession(tmp_path / "patches.onnx")
         (given,), (result,) = session.get_inputs(), session.get_outputs()
-        assert (given.name, given.shape) == ("images", ["batch", "height", "width", 3])
-        encoder = BagEncoder.from_run(runs["dense"], patches=9)
-        assert (result.name, result.shape) == ("embedding", ["batch", encoder.dim])
-        for images in (photos(1, 24, 24), photos(3, 24, 31), photos(2, 61, 33)):
-            (got,) = session.run(None, {"images": images})
-            tight = images.shape[1] == 24  # then nothing is resized, and no pixel rounded
-            tolerance = {"rtol": 1e-4, "atol": 1e-5} if tight else RESIZED
-            np.testing.assert_allclose(got, encoder(images), **tolerance)
+        assert (given.name, given.shape) == ("patches", ["patches", "batch", 3, 8, 8])
+        assert (result.name, result.shape) == ("projection", ["batch", 10])
+        graph = PatchGraph(encoder)
+        for bags, batch in ((1, 1), (5, 3)):
+            x = np.stack(pictures(*[(8, 8)] * bags * batch)).transpose(0, 3, 1, 2)
+            x = x.reshape(bags, batch, 3, 8, 8)
+            (got,) = session.run(None, {"patches": x})
+            with torch.no_grad():
+                want = graph(torch.from_numpy(x))
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
     def test_says_what_is_missing(self, runs, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "onnxscript", None)
