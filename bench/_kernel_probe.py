@@ -100,7 +100,7 @@ def resources(kernel: Any, target: str) -> dict[str, Any]:
     spec = TARGETS[target]
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     read = _read_cubin if spec.gpu.backend == "cuda" else _read_gcn
-    registers, spills, matrix = read(kernel)
+    registers, spills, scalar_spills, matrix = read(kernel)
     blocks = spec.shared_per_sm // (shared + spec.shared_reserved or 1)
     if spec.gpu.backend == "cuda":
         per_warp = -(-registers * 32 // 256) * 256
@@ -113,6 +113,7 @@ def resources(kernel: Any, target: str) -> dict[str, Any]:
         "warps": warps,
         "registers": registers,
         "spills": spills,
+        "scalar_spills": scalar_spills,
         "shared": shared,
         "shared_limit": spec.shared_limit,
         "occupancy": round(blocks * warps / spec.max_warps, 3),
@@ -121,8 +122,8 @@ def resources(kernel: Any, target: str) -> dict[str, Any]:
     }
 
 
-def _read_cubin(kernel: Any) -> tuple[int, int, dict[str, int]]:
-    """Registers, bytes of local memory traffic instructions, matrix instructions by name."""
+def _read_cubin(kernel: Any) -> tuple[int, int, int, dict[str, int]]:
+    """Registers, instructions on local memory, 0, matrix instructions by name."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -131,18 +132,22 @@ def _read_cubin(kernel: Any) -> tuple[int, int, dict[str, int]]:
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
     names = re.findall(r"\b((?:HMMA|IMMA|DMMA|HGMMA|QGMMA|UTC\w*MMA)[\w.]*)", code)
-    return registers, spills, _counted(name.split(".")[0] for name in names)
+    return registers, spills, 0, _counted(name.split(".")[0] for name in names)
 
 
-def _read_gcn(kernel: Any) -> tuple[int, int, dict[str, int]]:
+def _read_gcn(kernel: Any) -> tuple[int, int, int, dict[str, int]]:
+    """Vector registers, those spilt to memory, scalar ones spilt, matrix instructions by name.
+
+    Scalar registers spill into lanes of vector registers, not into memory.
+    """
     code = kernel.asm["amdgcn"]
 
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
 
     names = re.findall(r"\b(v_mfma_\w+)", code)
-    # Scalar registers spill into lanes of vector registers, not into memory.
-    return field("vgpr_count"), field("vgpr_spill_count"), _counted(names)
+    spills = field("vgpr_spill_count"), field("sgpr_spill_count")
+    return field("vgpr_count"), *spills, _counted(names)
 
 
 def _counted(names: Any) -> dict[str, int]:

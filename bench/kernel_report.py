@@ -6,7 +6,8 @@ matrix instructions. For every pass: bytes loaded and stored, counted in Triton'
 the fewest possible (each input, result and saved tensor once). Bytes of bfloat16 are those of
 float16, which the interpreter can run.
 
-Floors, on which the exit status depends: no spills; no more shared memory than the target has;
+Floors, on which the exit status depends: no spills to memory (on gfx942 scalar registers spill into
+lanes of vector registers: shown beside, as "+n"); no more shared memory than the target has;
 matrix instructions wherever there is a dot; at most 1.15 times the fewest bytes for patch_views,
 bag_pool, the passes around linear_bn_relu's products and vicreg's statistics.
 
@@ -125,14 +126,16 @@ def failures(kernels: list[dict[str, Any]], traffic: list[dict[str, Any]]) -> li
 
 
 def show(kernels: list[dict[str, Any]], traffic: list[dict[str, Any]]) -> None:
-    print(f"\n{'kernel':<26}{'target':<8}{'most registers':>15}{'spills':>8}{'most shared':>13}"
+    print(f"\n{'kernel':<26}{'target':<8}{'most registers':>15}{'spills':>9}{'most shared':>13}"
           f"{'occupancy':>11}  matrix instructions")  # fmt: skip
     for key in sorted({(row["op"], row["kernel"], row["target"]) for row in kernels}):
         rows = [row for row in kernels if (row["op"], row["kernel"], row["target"]) == key]
         names = sorted({name for row in rows for name in row["matrix_instructions"]})
+        scalar = max(row["scalar_spills"] for row in rows)
+        spills = f"{max(row['spills'] for row in rows)}" + (f"+{scalar}" if scalar else "")
         print(
             f"{key[1].strip('_').removesuffix('_kernel'):<26}{key[2]:<8}"
-            f"{max(row['registers'] for row in rows):>15}{max(row['spills'] for row in rows):>8}"
+            f"{max(row['registers'] for row in rows):>15}{spills:>9}"
             f"{max(row['shared'] for row in rows):>13}"
             f"{min(row['occupancy'] for row in rows):>11.2f}  {' '.join(names)}"
         )

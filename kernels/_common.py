@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import triton
 
+from ._tuning import Tile
+
 # Read when triton is imported: with TRITON_INTERPRET=1 kernels run in Python on CPU tensors.
 INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 
@@ -48,9 +50,9 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if IS_HIP else "tf32x3"
 
 
-def warps_of(threads: int) -> int:
-    """Warps that make so many threads; AMD's have 64."""
-    return max(threads // (64 if IS_HIP else 32), 1)
+def warp_lanes() -> int:
+    """Threads of a warp; AMD's waves have 64."""
+    return 64 if IS_HIP else 32
 
 
 def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, int]:
@@ -63,6 +65,11 @@ def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, int]:
     if not IS_HIP:
         options["maxnreg"] = min(65536 // (32 * num_warps), 255)
     return options
+
+
+def product_options(tile: Tile) -> dict[str, int]:
+    """Options of a product's launch; three stages take more than AMD's 64 KiB of shared memory."""
+    return launch_options(tile.num_warps, min(tile.num_stages, 2) if IS_HIP else tile.num_stages)
 
 
 def refuse(op: str, came: str, supported: str) -> ValueError:

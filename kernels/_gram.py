@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import dot_precision, launch_options, sm_count
+from ._common import dot_precision, launch_options, product_options, sm_count
 from ._tuning import gram_split, gram_tile
 
 
@@ -266,7 +266,7 @@ def gram_fwd(
         TYPE=triton_type(z.dtype),
         PRECISION=dot_precision(z.dtype),
         BLOCK_K=tile.depth,
-        **launch_options(tile.num_warps, tile.num_stages),
+        **product_options(tile),
         **finish,
     )
     if splits > 1:

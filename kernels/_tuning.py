@@ -52,9 +52,12 @@ def column_strip(rows: int, cols: int, programs: int) -> Strip:
 
 
 def gram_tile(is_float32: bool) -> Tile:
-    """Tile of a symmetric Gram. Square, so that (i, j) serves (j, i); 64 since Grams are small."""
+    """Tile of a symmetric Gram. Square, so that (i, j) serves (j, i); 64 since Grams are small.
+
+    float32 is three TF32 products of split operands: a depth of 32 would spill registers.
+    """
     if is_float32:
-        return Tile(64, 64, depth=32, num_warps=4, num_stages=3)
+        return Tile(64, 64, depth=16, num_warps=4, num_stages=3)
     return Tile(64, 64, depth=64, num_warps=4, num_stages=3)
 
 
@@ -65,9 +68,9 @@ def gram_split(tiles: int, depth: int, tile: Tile, programs: int) -> int:
 
 
 def grad_tile(is_float32: bool) -> Tile:
-    """Tile of a gradient, Gram times z; three TF32 products leave registers for 64 x 64."""
+    """Tile of a gradient, Gram times z; three TF32 products leave registers for 64 x 64 x 16."""
     if is_float32:
-        return Tile(64, 64, depth=32, num_warps=4, num_stages=3)
+        return Tile(64, 64, depth=16, num_warps=4, num_stages=3)
     return Tile(64, 128, depth=64, num_warps=8, num_stages=3)
 
 
@@ -114,19 +117,20 @@ class ViewTiles:
     width: int
     block_y: int
     block_x: int
-    threads: int
+    num_warps: int
     programs_per_sm: int
 
 
-def view_tiles(height: int, width: int) -> ViewTiles:
-    """A patch in registers up to 64 x 64, tiles of 32 x 64 above, whose loops need registers too.
+def view_tiles(height: int, width: int, lanes: int) -> ViewTiles:
+    """A patch in registers up to 64 x 64; above, tiles of 32 x 32, whose loops need registers too.
 
     Source blocks of 16 x 16, the least a tensor core takes: with larger ones the 64 x 64 tile's
-    sums, products and float64 weights no longer fit 128 registers of 512 threads.
+    sums, products and float64 weights no longer fit 128 registers of 512 threads. Tiles of 32 x 64
+    of large patches spill on sm_90, sm_100 and gfx942. `lanes` is the number of threads of a warp.
     """
     tile_h = max(next_power_of_2(height), 16)
     tile_w = max(next_power_of_2(width), 16)
-    if tile_h > 64 or tile_w > 64:
-        tile_h, tile_w = min(tile_h, 32), min(tile_w, 64)
     threads = min(max(tile_h * tile_w // 8, 128), 512)
-    return ViewTiles(tile_h, tile_w, 16, 16, threads, programs_per_sm=2)
+    if tile_h > 64 or tile_w > 64:
+        tile_h, tile_w, threads = min(tile_h, 32), min(tile_w, 32), 256
+    return ViewTiles(tile_h, tile_w, 16, 16, threads // lanes, programs_per_sm=2)

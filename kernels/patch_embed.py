@@ -33,7 +33,7 @@ from ._common import (
     check_tensors,
     device_guard,
     dot_precision,
-    launch_options,
+    product_options,
     refuse,
     sm_count,
 )
@@ -244,7 +244,7 @@ def patch_embed_fwd(
             BLOCK_N=tile.rows,
             BLOCK_M=tile.cols,
             BLOCK_K=tile.depth,
-            **launch_options(tile.num_warps, tile.num_stages),
+            **product_options(tile),
         )
     return out
 
@@ -286,7 +286,7 @@ def patch_embed_bwd(
             BLOCK_M=tile.rows,
             BLOCK_K=tile.cols,
             BLOCK_N=tile.depth,
-            **launch_options(tile.num_warps, tile.num_stages),
+            **product_options(tile),
         )
     return dweight.sum(dim=0), dbias.sum(dim=0)
 

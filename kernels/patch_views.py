@@ -14,7 +14,7 @@ pixel of the crop is loaded once. A blur is two products with Gaussian bands, re
 
 Patches up to 64 x 64: one program per patch, which keeps it in registers from the crop to the
 store. Bytes: the crop and the result, once each; nothing else is written.
-Larger patches: tiles of 32 x 64, a program for all tiles of its patches in turn. Only patches with
+Larger patches: tiles of 32 x 32, a program for all tiles of its patches in turn. Only patches with
 a blur or a contrast (whose mean needs all pixels first) leave the resized patch as uint8 in a
 scratch of the program, which stays in the cache. Tiles share a margin of two to four source pixels.
 Integers all the way: the result depends on neither tiles, batch nor device, but for ties of the
@@ -37,7 +37,7 @@ from ._common import (
     launch_options,
     refuse,
     sm_count,
-    warps_of,
+    warp_lanes,
 )
 from ._patch_ops import (
     axis_precision,
@@ -294,7 +294,7 @@ def patch_views_fwd(
     out = torch.empty((num_slots, batch, *size, 3), dtype=dtype, device=data.device)
     if out.numel() == 0:
         return out
-    tiles: ViewTiles = view_tiles(size[0], size[1])
+    tiles: ViewTiles = view_tiles(size[0], size[1], warp_lanes())
     shared = {
         "images_ptr": data,
         "offsets_ptr": offsets,
@@ -313,7 +313,7 @@ def patch_views_fwd(
         "TILE_W": tiles.width,
         "BLOCK_Y": tiles.block_y,
         "BLOCK_X": tiles.block_x,
-        **launch_options(warps_of(tiles.threads)),
+        **launch_options(tiles.num_warps),
         # A contracted a * b + c would truncate to another integer here and there.
         "enable_fp_fusion": False,
     }

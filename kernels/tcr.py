@@ -26,7 +26,7 @@ from ._common import (
     device_guard,
     dot_precision,
     gather_rows,
-    launch_options,
+    product_options,
     refuse,
 )
 from ._gram import gram_fwd, gram_times, on_batch, triton_type
@@ -125,7 +125,7 @@ def tcr_bwd(z: torch.Tensor, inverse: torch.Tensor, dout: torch.Tensor, eps: flo
             BLOCK_B=tile.rows,
             BLOCK_D=tile.cols,
             BLOCK_K=tile.depth,
-            **launch_options(tile.num_warps, tile.num_stages),
+            **product_options(tile),
         )
     return dz
 

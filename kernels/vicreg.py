@@ -36,6 +36,7 @@ from ._common import (
     dot_precision,
     gather_rows,
     launch_options,
+    product_options,
     refuse,
     sm_count,
 )
@@ -374,7 +375,7 @@ def vicreg_bwd(
             BLOCK_B=tile.rows,
             BLOCK_D=tile.cols,
             BLOCK_K=tile.depth,
-            **launch_options(tile.num_warps, tile.num_stages),
+            **product_options(tile),
         )
     return dz
 
