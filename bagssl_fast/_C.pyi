@@ -94,6 +94,15 @@ class AugmentSpec:
         self, *, scale: tuple[float, float] = ..., ratio: tuple[float, float] = ...
     ) -> None: ...
 
+def draw_views(
+    specs: Sequence[AugmentSpec],
+    sizes: NDArray[np.int64],
+    images: NDArray[np.int64],
+    *,
+    patches: int,
+    seed: int,
+    epoch: int,
+) -> NDArray[np.float32]: ...
 def grid_views(
     spec: AugmentSpec, sizes: NDArray[np.int64], *, patches: int
 ) -> NDArray[np.float32]: ...

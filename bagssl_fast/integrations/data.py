@@ -65,7 +65,7 @@ class MultiCropLoader(BagLoader):
         """The images: `len(loader.dataset)`."""
         return self.source
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:
         return map(self._arranged, super().__iter__())
 
     def _arranged(self, batch: Batch | ImageBatch) -> Any:
