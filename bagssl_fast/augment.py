@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+# Fields that are no part of a view: what cuts many views at once takes one value for all.
+SHARED = ("size", "interpolation", "blur_kernel", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -79,3 +83,13 @@ class Augment:
             mean=mean,
             std=std,
         )
+
+
+def differing(augments: Sequence[Augment]) -> list[str]:
+    """The `SHARED` fields in which augmentations differ."""
+
+    def values(name: str) -> set[object]:
+        found = (getattr(augment, name) for augment in augments)
+        return {tuple(value) if isinstance(value, list) else value for value in found}
+
+    return [name for name in SHARED if len(values(name)) > 1]

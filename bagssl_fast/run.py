@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bagssl_fast import checkpoint, cli, env, ops
+from bagssl_fast.augment import differing
 from bagssl_fast.config import Config, check, number_of_slots
 from bagssl_fast.data import BagLoader, Source, open_source
-from bagssl_fast.data.batch import cut_alike
 from bagssl_fast.losses import build_loss
 from bagssl_fast.metrics import say
 from bagssl_fast.model import BagModel, build_model
@@ -163,7 +163,7 @@ def make_loader(
     views = config.loader.views
     if views == "auto":
         by_kernel = me.device.type == "cuda" and config.impl in ("auto", "cuda")
-        by_kernel = by_kernel and find_spec("triton") is not None and cut_alike(augments)
+        by_kernel = by_kernel and find_spec("triton") is not None and not differing(augments)
         views = "device" if by_kernel else "host"
     return BagLoader(
         source,

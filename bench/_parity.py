@@ -10,9 +10,7 @@ form, since there batch statistics weigh overlapping positions differently.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +67,7 @@ def truth(case: Case, system: System, inputs: Tensor, train: bool) -> Result:
     with torch.no_grad():
         for mine, given in zip(model.parameters(), system.setup.weights, strict=True):
             mine.copy_(given)
-    with reference():
+    with ops.use_impl("reference"):
         loss, _ = build_loss(case.loss)(model(inputs.double())[1])
         loss.backward()
     return loss.detach(), gradient(model.parameters())
@@ -102,22 +100,11 @@ def cut(views: Tensor, case: Case) -> Tensor:
     return torch.stack([views[:, :, t : t + side, s : s + side] for t in tops for s in tops])
 
 
-@contextlib.contextmanager
-def reference() -> Iterator[None]:
-    """All ops by their reference."""
-    before = ops._state["impl"]
-    ops.set_impl("reference")
-    try:
-        yield
-    finally:
-        ops.set_impl(before)
-
-
 def model_flops(system: System) -> float:
     """Multiplications and additions of one step's encoder and projector, forward and backward."""
     images = 2
     model: Any = our_model(system.case, isinstance(system, OursDense))
-    with reference(), FlopCounterMode(display=False) as counter:
+    with ops.use_impl("reference"), FlopCounterMode(display=False) as counter:
         model(system.example(images))[1].sum().backward()
     return counter.get_total_flops() / images * system.case.batch
 

@@ -16,8 +16,8 @@ struct Bags {
   const T* row(int64_t p, int64_t b) const { return x + p * patch_stride + b * image_stride; }
 };
 
-/// The statistics of each bag. `distance` and the pair `norm`, `dot` may be null: then they cost
-/// nothing.
+/// The statistics of each bag. `distance` and the pair `norm`, `dot` may be null: then their
+/// passes over the bag are left out.
 template <typename T>
 struct BagStatistics {
   T* mean;      // [B, D]

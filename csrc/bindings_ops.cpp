@@ -56,9 +56,10 @@ void pool_bags(const Array<T>& x, Optional<T> mean, Optional<T> distance, Option
                Optional<T> dot, int num_threads) {
   const Bags<T> bags = bags_of(x);
   const int64_t rows = bags.patches * bags.batch;
-  const BagStatistics<T> out = {output("mean", mean, bags.batch * bags.dim),
-                                output("distance", distance, bags.batch),
-                                output("norm", norm, rows), output("dot", dot, rows)};
+  const BagStatistics<T> out = {output("bag_pool: mean", mean, bags.batch * bags.dim),
+                                output("bag_pool: distance", distance, bags.batch),
+                                output("bag_pool: norm", norm, rows),
+                                output("bag_pool: dot", dot, rows)};
   if (out.mean == nullptr || (out.norm == nullptr) != (out.dot == nullptr)) {
     throw std::invalid_argument("bag_pool: wanted mean, and both of norm and dot or none");
   }
@@ -74,13 +75,13 @@ void pool_bags_backward(const Array<T>& x, Array<T> dx, const Optional<T>& dmean
                         int num_threads) {
   const Bags<T> bags = bags_of(x);
   const int64_t rows = bags.patches * bags.batch, values = bags.batch * bags.dim;
-  const BagGradient<T> gradient = {input("dmean", dmean, values),
-                                   input("mean", mean, values),
-                                   input("of_x", of_x, rows),
-                                   input("of_mean", of_mean, rows),
-                                   input("weight", weight, rows),
-                                   input("direction", direction, bags.batch),
-                                   input("unit_scale", unit_scale, bags.batch)};
+  const BagGradient<T> gradient = {input("bag_pool: dmean", dmean, values),
+                                   input("bag_pool: mean", mean, values),
+                                   input("bag_pool: of_x", of_x, rows),
+                                   input("bag_pool: of_mean", of_mean, rows),
+                                   input("bag_pool: weight", weight, rows),
+                                   input("bag_pool: direction", direction, bags.batch),
+                                   input("bag_pool: unit_scale", unit_scale, bags.batch)};
   const bool cosine = gradient.weight != nullptr;
   if (gradient.dmean == nullptr || gradient.mean == nullptr ||
       cosine != (gradient.of_mean != nullptr) || cosine != (gradient.direction != nullptr) ||
@@ -88,7 +89,7 @@ void pool_bags_backward(const Array<T>& x, Array<T> dx, const Optional<T>& dmean
     throw std::invalid_argument("bag_pool_backward: a factor is missing");
   }
   Optional<T> target = dx;
-  T* out = output("dx", target, rows * bags.dim);
+  T* out = output("bag_pool: dx", target, rows * bags.dim);
   py::gil_scoped_release release;
   bag_pool_backward(bags, gradient, out, shared_pool(num_threads));
 }
@@ -123,10 +124,10 @@ PatchAxis<T> axis_of(const Axis<T>& axis) {
   PatchAxis<T> out = {count,
                       half,
                       distances,
-                      input<T>("cosines", cosines, distances * (half + 1)),
-                      input<T>("sines", sines, distances * half),
-                      input<int64_t>("distance", distance, count),
-                      input<T>("sign", sign, count)};
+                      input<T>("patch_grid: cosines", cosines, distances * (half + 1)),
+                      input<T>("patch_grid: sines", sines, distances * half),
+                      input<int64_t>("patch_grid: distance", distance, count),
+                      input<T>("patch_grid: sign", sign, count)};
   for (int64_t i = 0; i < count; ++i) {
     if (out.distance[i] < 0 || out.distance[i] >= distances) {
       throw std::invalid_argument("patch_grid: distance number " + std::to_string(out.distance[i]) +
@@ -153,8 +154,9 @@ PatchGrid<T> grid_of(const Array<T>& pixels, const Axis<T>& down, const Axis<T>&
   grid.channels = pixels.shape(4);
   grid.out_dim = y.shape(2);
   const int64_t frequencies = (grid.across.half + 1) * (2 * grid.down.half + 1);
-  grid.pixels = input<T>("pixels", pixels, grid.batch * frequencies * 2 * grid.channels);
-  grid.slots = input<int64_t>("slots", slots, grid.down.count * grid.across.count);
+  grid.pixels =
+      input<T>("patch_grid: pixels", pixels, grid.batch * frequencies * 2 * grid.channels);
+  grid.slots = input<int64_t>("patch_grid: slots", slots, grid.down.count * grid.across.count);
   for (int64_t i = 0; i < slots.size(); ++i) {
     if (grid.slots[i] < -1 || grid.slots[i] >= y.shape(0)) {
       throw std::invalid_argument("patch_grid: slot " + std::to_string(grid.slots[i]) + " of " +
@@ -176,8 +178,8 @@ void grid_forward(const Array<T>& pixels, const Axis<T>& down, const Axis<T>& ac
                   const Array<int64_t>& slots, const Array<T>& weight, const Optional<T>& bias,
                   bool relu, Array<T> y, int num_threads) {
   const PatchGrid<T> grid = grid_of(pixels, down, across, slots, y);
-  const T* weight_data = input<T>("weight", weight, weight_size(grid));
-  const T* bias_data = input("bias", bias, grid.out_dim);
+  const T* weight_data = input<T>("patch_grid: weight", weight, weight_size(grid));
+  const T* bias_data = input("patch_grid: bias", bias, grid.out_dim);
   T* out = y.mutable_data();
   py::gil_scoped_release release;
   patch_grid(grid, weight_data, bias_data, relu, out, shared_pool(num_threads));
@@ -194,8 +196,8 @@ void grid_backward(const Array<T>& pixels, const Axis<T>& down, const Axis<T>& a
     }
   }
   Optional<T> weight_target = dweight, bias_target = dbias;
-  T* weight_out = output("dweight", weight_target, weight_size(grid));
-  T* bias_out = output("dbias", bias_target, grid.out_dim);
+  T* weight_out = output("patch_grid: dweight", weight_target, weight_size(grid));
+  T* bias_out = output("patch_grid: dbias", bias_target, grid.out_dim);
   const T* result = y ? y->data() : nullptr;
   py::gil_scoped_release release;
   patch_grid_backward(grid, dy.data(), result, weight_out, bias_out, shared_pool(num_threads));
@@ -223,8 +225,8 @@ void cut_patch_rows(const Array<uint8_t>& pixels, const Array<int64_t>& offsets,
   if (lines < 1 || count < 1 || out.size() % (count * lines) != 0) {
     throw std::invalid_argument("patch_rows: wanted patches of whole lines");
   }
-  const PatchRows rows = {input<uint8_t>("pixels", pixels, pixels.size()),
-                          input<int64_t>("offsets", offsets, count),
+  const PatchRows rows = {input<uint8_t>("patch_rows: pixels", pixels, pixels.size()),
+                          input<int64_t>("patch_rows: offsets", offsets, count),
                           count,
                           lines,
                           out.size() / (count * lines),
@@ -237,7 +239,7 @@ void cut_patch_rows(const Array<uint8_t>& pixels, const Array<int64_t>& offsets,
                                   " lies outside of the pixels");
     }
   }
-  T* data = output("out", target, out.size());
+  T* data = output("patch_rows: out", target, out.size());
   py::gil_scoped_release release;
   patch_rows(rows, data, shared_pool(num_threads));
 }

@@ -245,7 +245,7 @@ void register_views(py::module_& m) {
   m.def("auto_blur_kernel", &auto_blur_kernel, py::arg("height"), py::arg("width"));
   m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
   m.def("pixel_ops_name", [] { return pixel_ops().name; }, "The instruction set in use.");
-  m.def("force_baseline_pixel_ops", &force_baseline_pixel_ops, py::arg("force"),
+  m.def("force_baseline", &force_baseline, py::arg("force"),
         "For tests: use the loops every processor of this architecture can run.");
 }
 

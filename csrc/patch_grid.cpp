@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "pixel_ops.h"
+#include "instruction_set.h"
 
 #ifdef BAGSSL_HAS_V3
 #include <immintrin.h>
@@ -80,8 +80,6 @@ void for_each_tile(const PatchGrid<T>& grid, ThreadPool& pool, const Work& work)
   });
 }
 
-bool has_v3() { return &pixel_ops() != &kBaselinePixelOps; }
-
 }  // namespace
 
 template <typename T>
@@ -89,7 +87,7 @@ void patch_grid(const PatchGrid<T>& grid, const T* weight, const T* bias, bool r
                 ThreadPool& pool) {
   auto* tile = &baseline::forward_tile<T>;
 #ifdef BAGSSL_HAS_V3
-  if (has_v3()) tile = &v3::forward_tile<T>;
+  if (use_v3()) tile = &v3::forward_tile<T>;
 #endif
   for_each_tile(grid, pool, [&](int64_t first, int64_t columns, const TileScratch<T>& scratch) {
     tile(grid, weight + first, bias == nullptr ? nullptr : bias + first, relu, y + first, columns,
@@ -102,7 +100,7 @@ void patch_grid_backward(const PatchGrid<T>& grid, const T* dy, const T* y, T* d
                          ThreadPool& pool) {
   auto* tile = &baseline::backward_tile<T>;
 #ifdef BAGSSL_HAS_V3
-  if (has_v3()) tile = &v3::backward_tile<T>;
+  if (use_v3()) tile = &v3::backward_tile<T>;
 #endif
   for_each_tile(grid, pool, [&](int64_t first, int64_t columns, const TileScratch<T>& scratch) {
     tile(grid, dy + first, y == nullptr ? nullptr : y + first, dweight + first, dbias + first,

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "instruction_set.h"
 #include "resize_weights.h"
 
 namespace bagssl {
@@ -61,15 +62,11 @@ struct PixelOps {
 };
 
 extern const PixelOps kBaselinePixelOps;
-#if defined(__x86_64__) && defined(__GNUC__)
-#define BAGSSL_HAS_V3 1
+#ifdef BAGSSL_HAS_V3
 extern const PixelOps kV3PixelOps;  ///< x86-64-v3: AVX2, FMA
 #endif
 
 /// The table for this processor.
 const PixelOps& pixel_ops();
-
-/// Makes pixel_ops() give the baseline table (for tests; affects the whole process).
-void force_baseline_pixel_ops(bool force);
 
 }  // namespace bagssl

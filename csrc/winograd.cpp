@@ -7,7 +7,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "pixel_ops.h"
 #include "winograd_ops.h"
 
 namespace bagssl {
@@ -23,8 +22,7 @@ constexpr int64_t kLine = 16;  // floats in a cache line
 
 const WinogradOps& winograd_ops() {
 #ifdef BAGSSL_HAS_V3
-  static const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_v3) return kV3WinogradOps;
+  if (use_v3()) return kV3WinogradOps;
 #endif
   return kBaselineWinogradOps;
 }

@@ -1,5 +1,5 @@
 // The loops of winograd_ops.h. Included once per instruction set, each time with
-// BAGSSL_WINOGRAD_TABLE and BAGSSL_OPS_NAME set; hence no include guard and nothing from std.
+// BAGSSL_WINOGRAD_TABLE set; hence no include guard and nothing from std.
 
 #include "floats.h"
 
@@ -258,7 +258,7 @@ void product(const Product& p) {
 }  // namespace
 
 const WinogradOps BAGSSL_WINOGRAD_TABLE = {
-    BAGSSL_OPS_NAME, from_windows, from_tiles, to_tiles, from_taps, to_taps, product,
+    from_windows, from_tiles, to_tiles, from_taps, to_taps, product,
 };
 
 }  // namespace bagssl

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "instruction_set.h"
 #include "winograd.h"
 
 namespace bagssl {
@@ -47,7 +48,6 @@ struct Product {
 
 /// The loops over numbers, once per instruction set; the rest is winograd.cpp.
 struct WinogradOps {
-  const char* name;
   /// Windows of 6x6 inputs, zeros outside of the map -> points.
   void (*from_windows)(const float* x, const Maps& maps, const Part& part, const Layout& layout,
                        float* out);
@@ -65,7 +65,7 @@ struct WinogradOps {
 };
 
 extern const WinogradOps kBaselineWinogradOps;
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef BAGSSL_HAS_V3
 extern const WinogradOps kV3WinogradOps;  ///< x86-64-v3: AVX2, FMA
 #endif
 

@@ -65,6 +65,15 @@ def test_winograd_matches_float64(shape):
     check(cell.conv3x3_forward, *inputs(*shape))
 
 
+@pytest.mark.parametrize("shape", SHAPES[:8], ids=str)
+def test_winograd_without_avx2_matches_float64(shape):
+    _C.force_baseline(True)
+    try:
+        check(cell.conv3x3_forward, *inputs(*shape))
+    finally:
+        _C.force_baseline(False)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_scales(scale):
     check(cell.conv3x3_forward, *inputs(2, 24, 24, 9, 6, scale=scale))

@@ -99,11 +99,11 @@ def test_spectra_give_what_patches_give(size, out_dim, patch, positions, dtype, 
         y = ops.patch_embed(images, *inputs, positions, mean=MEAN, std=STD, relu=relu, impl=impl)
         return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(dtype))]
 
-    _C.force_baseline_pixel_ops(baseline)
+    _C.force_baseline(baseline)
     try:
         actual = run("cpu", dtype)
     finally:
-        _C.force_baseline_pixel_ops(False)
+        _C.force_baseline(False)
     expected = run("reference", torch.float64)
     for name, x, truth in zip(("y", "dweight", "dbias"), actual, expected, strict=True):
         assert_matches(x, truth, dtype, name)

@@ -67,9 +67,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
 
 @pytest.fixture
 def baseline() -> Iterator[None]:
-    _C.force_baseline_pixel_ops(True)
+    _C.force_baseline(True)
     yield
-    _C.force_baseline_pixel_ops(False)
+    _C.force_baseline(False)
 
 
 # ------------------------------------------------------------------------- pixels: torchvision's
@@ -231,10 +231,10 @@ def test_instruction_sets_agree_bitwise(size: tuple[int, int], baseline: None) -
     table = draw(images, patches=40, blur_prob=0.3 if min(size) > 1 else 0)
     for interpolation, dtype in (("bilinear", "float32"), ("bicubic", "uint8")):
         options: dict[str, Any] = {"size": size, "interpolation": interpolation, "dtype": dtype}
-        _C.force_baseline_pixel_ops(True)
+        _C.force_baseline(True)
         assert _C.pixel_ops_name() == "baseline"
         slow = _C.patch_views(images, table, **options)
-        _C.force_baseline_pixel_ops(False)
+        _C.force_baseline(False)
         assert np.array_equal(slow, _C.patch_views(images, table, **options))
 
 

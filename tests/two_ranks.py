@@ -1,6 +1,8 @@
 """What test_losses.py runs in two processes: every loss on its half of a batch."""
 
+import contextlib
 import datetime
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -56,8 +58,9 @@ def linear_bn_relu(x: Tensor, group: dist.ProcessGroup | None) -> dict:
     return {"y": y.detach(), "grads": grads, "running": (running_mean, running_var)}
 
 
-def main(rank: int, folder: str) -> None:
-    """One rank: writes its results to `folder`."""
+@contextlib.contextmanager
+def process_group(rank: int, folder: str) -> Iterator[dist.ProcessGroup]:
+    """One of `WORLD` processes on a machine that have `folder` in common."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -67,12 +70,17 @@ def main(rank: int, folder: str) -> None:
         timeout=datetime.timedelta(seconds=120),
     )
     try:
-        group = dist.group.WORLD
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def main(rank: int, folder: str) -> None:
+    """One rank: writes its results to `folder`."""
+    with process_group(rank, folder) as group:
         results: dict[str, dict] = {}
         for case, (name, options) in LOSSES.items():
             z = make_bag(options.get("wide", False)).chunk(WORLD, dim=1)[rank]
             results[case] = evaluate(name, options, z, group)
         results["linear_bn_relu"] = linear_bn_relu(make_bag().chunk(WORLD, dim=1)[rank], group)
         torch.save(results, Path(folder) / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()

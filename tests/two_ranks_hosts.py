@@ -1,18 +1,16 @@
 """What test_integrations_ranks.py runs in two processes: every gathering host beside ours."""
 
-import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import hosts
 import torch
-import torch.distributed as dist
 from lightly import loss as lightly_loss
 from torch import Tensor
+from two_ranks import WORLD, process_group
 
 from bagssl_fast.integrations import lightly, solo_learn, vicreg
 
-WORLD = 2
 SHAPES = {"gathered (B < D)": (8, 18), "all-reduced (B >= D)": (8, 5)}  # of the global batch
 
 
@@ -65,20 +63,10 @@ def evaluate(loss, views: list[Tensor]) -> dict:
 
 def main(rank: int, folder: str) -> None:
     """One rank: writes what host and ours give to `folder`."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    try:
+    with process_group(rank, folder):
         results = {}
         for case, shape in SHAPES.items():
             mine = [z.chunk(WORLD)[rank] for z in make_views(*shape)]
             for name, pair in losses().items():
                 results[name, case] = tuple(evaluate(loss, mine) for loss in pair)
         torch.save(results, Path(folder) / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()

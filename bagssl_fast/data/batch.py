@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bagssl_fast import ops
 from bagssl_fast._extension import _C
-from bagssl_fast.augment import Augment
+from bagssl_fast.augment import Augment, differing
 
 DTYPES = {
     "float32": torch.float32,
@@ -82,11 +82,6 @@ class ImageBatch:
         return replace(self, images=ops.RaggedImages(*images), params=params)
 
 
-def cut_alike(augments: Sequence[Augment]) -> bool:
-    """Whether the slots differ in their views only, so that one call can cut all of them."""
-    return len({(a.interpolation, a.blur_kernel, (*a.mean, *a.std)) for a in augments}) == 1
-
-
 def device_options(augments: Sequence[Augment], views: str, dtype: str) -> dict[str, Any]:
     """What `ops.patch_views` is given beside images and views.
 
@@ -95,7 +90,7 @@ def device_options(augments: Sequence[Augment], views: str, dtype: str) -> dict[
     """
     if views != "device":
         raise ValueError(f'views={views!r} is unknown: "host" or "device"')
-    if not cut_alike(augments):
+    if differing(augments):
         raise ValueError(
             "augment: the entries differ in interpolation, blur_kernel, mean or std, and "
             'views="device" cuts all slots in one call: make them equal, or take views="host"'

@@ -16,13 +16,12 @@ from torch.utils.data import Dataset
 
 from bagssl_fast import ops
 from bagssl_fast._extension import _C
-from bagssl_fast.augment import Augment
+from bagssl_fast.augment import SHARED, Augment, differing
 from bagssl_fast.data import BagLoader, Batch, Source, open_source
 from bagssl_fast.data.batch import ImageBatch
 from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image
 
 LAYOUTS = ("pair", "lightly", "solo_learn")
-_GLOBAL = ("size", "interpolation", "blur_kernel", "mean", "std")  # the same for all patches
 
 
 class MultiCropLoader(BagLoader):
@@ -155,12 +154,11 @@ class PatchViews(nn.Module):
                 f"PatchViews: patches={patches}, seed={seed} and {len(self.augments)} augments, "
                 "wanted at least 1, 0 and 1"
             )
-        for name in _GLOBAL:
-            if len({getattr(a, name) for a in self.augments}) > 1:
-                raise ValueError(
-                    f"PatchViews: the augments differ in {name}; one PatchViews for each, or "
-                    "MultiCropLoader, which allows it in all but size"
-                )
+        if names := differing(self.augments):
+            raise ValueError(
+                f"PatchViews: the augments differ in {', '.join(names)}; one PatchViews for each, "
+                "or MultiCropLoader, which allows it in all but size"
+            )
         self.patches, self.seed, self.dtype, self.impl = patches, seed, dtype, impl
         self._specs = [_spec(a) for a in self.augments]
         # Counts the images seen, so that every call draws anew, also after a state was loaded.
@@ -228,5 +226,5 @@ def _channels_last(images: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tenso
 
 
 def _spec(augment: Augment) -> Any:
-    drawn = [name for name in vars(augment) if name not in _GLOBAL]
+    drawn = [name for name in vars(augment) if name not in SHARED]
     return _C.AugmentSpec(**{name: getattr(augment, name) for name in drawn})
