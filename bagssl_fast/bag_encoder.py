@@ -178,7 +178,8 @@ class BagEncoder:
         )
         patches = torch.from_numpy(cut).permute(0, 1, 4, 2, 3).to(self.plan.device)
         if count != CENTER and is_dense(self.model):
-            return dense_bags(self.model, patches[0], [count], self.plan)[count]
+            means = [] if "z" in self.plan.layers(count) else [count]
+            return dense_bags(self.model, patches[0], [count], self.plan, means)[count]
         h = embed(self.model, patches.flatten(0, 1), self.plan)
         return h.unflatten(0, patches.shape[:2])
 

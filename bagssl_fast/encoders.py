@@ -8,6 +8,7 @@ whole image in one pass, `dense(images, stride)`; ResNets and timm models see pa
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -129,10 +130,14 @@ class PatchNet(nn.Module):
         Returns:
             `[P, N, F]`, positions in row-major order.
         """
+        return self.dense_maps(images, stride).patches()
+
+    def dense_maps(self, images: Tensor, stride: int | None = None) -> "DenseMaps":
+        """What `dense` reads the embeddings from; also gives some of them, or only their mean."""
         stride = self.stride if stride is None else stride
         _check_dense(self, images, stride)
         step = 1  # the map's spacing in pixels were it strided as in `forward`
-        x, means = images, []
+        x, maps, windows = images, [], []
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, nn.Conv2d):
                 x = layer(x)
@@ -142,10 +147,11 @@ class PatchNet(nn.Module):
                 step *= layer.stride[0]
             if i in self.taps:
                 have = math.gcd(step, stride)
-                means.append(_window_mean(x.detach(), self.taps[i], stride // have, step // have))
+                maps.append(x.detach().permute(0, 2, 3, 1))
+                windows.append(Window(self.taps[i], stride // have, step // have))
         have = math.gcd(step, stride)
-        means.append(_window_mean(x, self.pool, stride // have, step // have))
-        return torch.cat(means, 3).flatten(1, 2).transpose(0, 1)
+        windows.append(Window(self.pool, stride // have, step // have))
+        return DenseMaps([*maps, x.permute(0, 2, 3, 1)], windows)
 
 
 class PatchMLP(nn.Module):
@@ -217,10 +223,81 @@ class PatchMLP(nn.Module):
 
     def dense(self, images: Tensor, stride: int | None = None) -> Tensor:
         """As `PatchNet.dense`; the stride is half the patch's side if not given."""
+        return self.dense_maps(images, stride).patches()
+
+    def dense_maps(self, images: Tensor, stride: int | None = None) -> "DenseMaps":
+        """As `PatchNet.dense_maps`: one map, each entry of which is a patch."""
         stride = max(self.patch_size // 2, 1) if stride is None else stride
         _check_dense(self, images, stride)
         x = F.relu(F.conv2d(images, self.weight, self.bias, stride))
-        return cast(Tensor, self.blocks(x.permute(2, 3, 0, 1).flatten(0, 1)))
+        return DenseMaps([self.blocks(x.permute(0, 2, 3, 1))], [Window()])
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where the patches of a grid lie along each dimension of a map.
+
+    Args:
+        side: entries of one patch.
+        stride: entries from one patch to the next.
+        dilation: entries from one entry of a patch to its next.
+    """
+
+    side: int = 1
+    stride: int = 1
+    dilation: int = 1
+
+    def matrix(self, like: Tensor, size: int, picked: Sequence[int] | None) -> Tensor:
+        """The `[patches, size]` matrix that averages over each patch, or over those picked."""
+        last = size - (self.side - 1) * self.dilation
+        first = torch.arange(0, last, self.stride, device=like.device)
+        if picked is not None:
+            first = first[torch.tensor(picked, device=like.device)]
+        taps = first[:, None] + self.dilation * torch.arange(self.side, device=like.device)
+        return like.new_zeros(len(first), size).scatter_(1, taps, 1 / self.side)
+
+
+@dataclass(frozen=True)
+class DenseMaps:
+    """Maps of whole images, over whose windows the embeddings of patches are means.
+
+    Means over rows, then over columns, each as a product with a banded matrix, which serves dilated
+    windows too and costs what `avg_pool2d` costs on those that are not. A bag's mean is one more
+    such product: the embeddings of its patches need not exist for it.
+
+    Args:
+        maps: `[N, H, W, C]` of each layer that is part of the embedding; C add up to F.
+        windows: of the patches on each map.
+    """
+
+    maps: list[Tensor]
+    windows: list[Window]
+
+    def patches(self, picked: Sequence[int] | None = None) -> Tensor:
+        """Embeddings `[P, N, F]`, positions in row-major order.
+
+        Args:
+            picked: rows of the grid, and likewise columns, that are wanted; all if not given.
+        """
+        parts = []
+        for x, window in zip(self.maps, self.windows, strict=True):
+            if window != Window() or picked is not None:
+                rows, columns = (window.matrix(x, n, picked) for n in x.shape[1:3])
+                x = (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
+                x = columns @ x
+            parts.append(x)
+        return torch.cat(parts, 3).flatten(1, 2).transpose(0, 1)
+
+    def bag(self, picked: Sequence[int]) -> Tensor:
+        """The mean of `patches(picked)` over the bag, `[N, F]` in float32 or better."""
+        parts = []
+        with torch.autocast(self.maps[0].device.type, enabled=False):
+            for x, window in zip(self.maps, self.windows, strict=True):
+                x = x if x.dtype == torch.float64 else x.float()
+                rows, columns = (window.matrix(x, n, picked).mean(0) for n in x.shape[1:3])
+                x = (rows @ x.flatten(2)).unflatten(1, x.shape[2:])
+                parts.append(columns @ x)
+        return torch.cat(parts, 1)
 
 
 def _halving_kernels(patch_size: int) -> list[int]:
@@ -256,31 +333,6 @@ def _start_at_cosines(conv: nn.Conv2d) -> None:
     order = rank.flatten().argsort(stable=True)[: conv.out_channels // 2]
     filters = basis.flatten(0, 2)[order]
     conv.weight[: 2 * len(order)] = torch.cat([filters, -filters])
-
-
-def _window_mean(x: Tensor, side: int, stride: int, dilation: int) -> Tensor:
-    """Means over windows of side x side entries of a map, `dilation` entries apart.
-
-    A sum over rows, then one over columns, each as a product with a banded matrix, which serves
-    dilated windows too and costs what `avg_pool2d` costs on those that are not.
-
-    Args:
-        x: `[N, C, H, W]`.
-
-    Returns:
-        `[N, H', W', C]`.
-    """
-    x = x.permute(0, 2, 3, 1)
-    rows, columns = (_window_matrix(x, n, side, stride, dilation) for n in x.shape[1:3])
-    x = (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
-    return columns @ x
-
-
-def _window_matrix(like: Tensor, size: int, side: int, stride: int, dilation: int) -> Tensor:
-    """The `[windows, size]` matrix that averages over each window of one dimension."""
-    first = torch.arange(0, size - (side - 1) * dilation, stride, device=like.device)
-    taps = first[:, None] + dilation * torch.arange(side, device=like.device)
-    return like.new_zeros(len(first), size).scatter_(1, taps, 1 / side)
 
 
 def _check_patches(net: PatchNet | PatchMLP, patches: Tensor) -> None:

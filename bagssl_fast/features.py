@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import Config, patch_size
 from bagssl_fast.data import BagLoader, Source
+from bagssl_fast.heads import Projector
 from bagssl_fast.model import BagModel
 
 CENTER = 0  # the "number of patches" of the central crop
@@ -74,13 +75,11 @@ def view_size(config: Config) -> int:
 
 
 def dense_grid(count: int, positions: int) -> list[int]:
-    """Indices, row-major, of an evenly spread n x n grid in a map of positions x positions."""
+    """Rows, and likewise columns, of n x n patches spread evenly over positions x positions."""
     n = round(math.sqrt(count))
     if n == 1:
-        side = [(positions - 1) // 2]
-    else:
-        side = [round(i * (positions - 1) / (n - 1)) for i in range(n)]
-    return [row * positions + column for row in side for column in side]
+        return [(positions - 1) // 2]
+    return [round(i * (positions - 1) / (n - 1)) for i in range(n)]
 
 
 def dense_stride(counts: tuple[int, ...], span: int) -> int:
@@ -125,8 +124,10 @@ def extract(
         labels = collected.labels()
     if bags and is_dense(model):
         collected = Collector()
+        means = [count for count in bags if "z" not in plan.layers(count)]
         for views, batch_labels in _batches(config, source, plan, indices, "center", 0):
-            collected.add(model, plan, dense_bags(model, views[0], bags, plan), batch_labels)
+            grids = dense_bags(model, views[0], bags, plan, means)
+            collected.add(model, plan, grids, batch_labels)
         features |= collected.features()
         labels = collected.labels()
     elif bags:
@@ -193,7 +194,7 @@ class Collector:
         self._labels: list[Tensor] = []
 
     def add(self, model: BagModel, plan: Plan, bags: dict[int, Tensor], labels: Tensor) -> None:
-        """Takes embeddings h [P, B, F] per count."""
+        """Takes embeddings h [P, B, F] per count, or their mean [1, B, F] if none is projected."""
         self._labels.append(labels.to(plan.device, copy=True))
         for count, h in bags.items():
             self._parts.setdefault(("h", count), []).append(h.float().mean(dim=0))
@@ -211,14 +212,34 @@ class Collector:
         return torch.cat(self._labels)
 
 
-def dense_bags(model: BagModel, views: Tensor, counts: list[int], plan: Plan) -> dict[int, Tensor]:
-    """All grids of whole views [B, C, H, W] from one dense pass."""
+def dense_bags(
+    model: BagModel, views: Tensor, counts: list[int], plan: Plan, means: Sequence[int] = ()
+) -> dict[int, Tensor]:
+    """Grids of patches of whole views from one dense pass.
+
+    Args:
+        model, plan: As for `extract`.
+        views: [B, C, H, W].
+        counts: Patches per bag, squares.
+        means: Those counts of which the mean over the bag is enough.
+
+    Returns:
+        h [P, B, F] per count; [1, B, F], the mean, for `means`.
+    """
     patch = int(model.backbone.patch_size)  # type: ignore[arg-type]
     stride = dense_stride(tuple(counts), views.shape[2] - patch)
-    with torch.autocast(plan.device.type, plan.precision, plan.precision != torch.float32):
-        h = model.embed_dense(views, stride)
     positions = (views.shape[2] - patch) // stride + 1
-    return {count: h[dense_grid(count, positions)] for count in counts}
+    bags = {}
+    with torch.autocast(plan.device.type, plan.precision, plan.precision != torch.float32):
+        maps = model.backbone.dense_maps(views, stride)  # type: ignore[operator]
+        for count in counts:
+            grid = dense_grid(count, positions)
+            if count in means and isinstance(model.head, Projector):
+                bags[count] = maps.bag(grid)[None]  # its embedding is the backbone's output
+                continue
+            h = model.head.embed(maps.patches(grid))
+            bags[count] = h.float().mean(dim=0, keepdim=True) if count in means else h
+    return bags
 
 
 def embed(model: BagModel, patches: Tensor, plan: Plan) -> Tensor:

@@ -97,8 +97,8 @@ class ImageGraph(PatchGraph):
         x = (x - self.mean) * self.scale
         if not self.dense:
             return self.pool(self.model.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
-        h = self.model.embed_dense(x[0], self.stride)
-        return self.pool(h[torch.tensor(self.grid, device=h.device)])
+        maps = self.model.backbone.dense_maps(x[0], self.stride)  # type: ignore[operator]
+        return self.pool(self.model.head.embed(maps.patches(self.grid)))
 
     def _places(self, room: Tensor) -> Tensor:
         """Where boxes begin on an axis that leaves them `room` pixels: as the loader's grid."""

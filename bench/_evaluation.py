@@ -13,7 +13,7 @@ from baselines.step import PlainModel
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bagssl_fast.features import dense_grid, dense_stride, fold_batch_norm
+from bagssl_fast.features import Plan, dense_bags, dense_grid, dense_stride, fold_batch_norm
 
 PATCHES_AT_ONCE = 4096  # of patch-by-patch encoding
 
@@ -31,7 +31,8 @@ def bag_encoders(
     stride = dense_stride((count,), images.shape[2] - case.patch)
     side = (images.shape[2] - case.patch) // stride + 1
     grid = dense_grid(count, side)
-    corners = [(i // side * stride, i % side * stride) for i in grid]
+    corners = [(row * stride, column * stride) for row in grid for column in grid]
+    plan = Plan((count,), -1, len(images), torch.device(device))
     ours = fold_batch_norm(our_model(case)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = PlainModel(case, weights).encoder.to(device, memory_format=torch.channels_last).eval()
 
@@ -47,9 +48,8 @@ def bag_encoders(
 
     @torch.inference_mode()
     def dense() -> Tensor:
-        at_once = max(1, PATCHES_AT_ONCE // (side * side))
-        parts = images.split(max(at_once, 32))
-        return torch.cat([ours.embed_dense(p, stride)[grid].mean(dim=0) for p in parts])
+        parts = images.split(max(32, PATCHES_AT_ONCE // (side * side)))
+        return torch.cat([dense_bags(ours, p, [count], plan, [count])[count][0] for p in parts])
 
     calls: dict[str, Callable[[], Any]] = {
         "torch": torch.inference_mode()(lambda: patch_by_patch(plain)),

@@ -267,6 +267,36 @@ def test_hypercolumn_dense_equals_patch_by_patch(stride: int) -> None:
     torch.testing.assert_close(net.dense(x, stride), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [1, 3, 4, 8])
+@pytest.mark.parametrize("name", ["patchnet", "patchmlp"])
+def test_dense_maps_give_chosen_patches_and_their_mean(name: str, stride: int) -> None:
+    """An evaluation's grid and its bag, without the embeddings of all other positions."""
+    options = {"stem": 12, "feature_dim": 20, "hypercolumn": True} if name == "patchnet" else {}
+    net = shake(build_encoder(name, 16, width=8, **options)).eval()
+    x = images(2, 32, 32)
+    positions = 16 // stride + 1
+    picked = [0, positions // 2, positions - 1]
+    with torch.no_grad():
+        maps = net.dense_maps(x, stride)
+        want = net.dense(x, stride).unflatten(0, (positions, positions))
+    want = want[picked][:, picked].flatten(0, 1)
+    torch.testing.assert_close(maps.patches(picked), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(maps.bag(picked), want.mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bag_under_autocast_is_averaged_in_float32() -> None:
+    net = PatchNet(16, width=8).eval()
+    x = images(2, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        maps = net.dense_maps(x, 4)
+        bag = maps.bag(range(5))
+    assert maps.maps[-1].dtype == torch.bfloat16 and bag.dtype == torch.float32
+    exact = maps.maps[-1].double().flatten(1, 2)  # 7 x 7 entries, of which a patch has 3 x 3
+    weights = torch.tensor([1, 2, 3, 3, 3, 2, 1], dtype=torch.float64) / 15
+    weights = torch.outer(weights, weights).flatten()
+    torch.testing.assert_close(bag.double(), weights @ exact, rtol=1e-6, atol=1e-6)
+
+
 def test_hypercolumn_adds_to_the_embedding_and_leaves_training_as_it_was() -> None:
     """The lower layers' means are read, not trained through: same top, same z, same gradients."""
     results = []
