@@ -293,7 +293,7 @@ def notes(config: Config, data: Data, plan: Plan) -> list[str]:
             f"to {config.eval.random_patches} patches (--random-patches)"
         )
     lines.append(
-        f"linear: {config.eval.probe} on standardised features, penalty chosen on a tenth of the "
+        f"linear: {config.eval.probe} on standardised features, penalty chosen on held-out "
         f"training images; kNN: k {config.eval.knn_k}, T {config.eval.knn_t}, cosine"
     )
     missing = sorted(set(config.eval.patches) - set(plan.counts))

@@ -12,7 +12,8 @@ from torch import Tensor
 # features.
 RIDGE_GRID = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 LOGISTIC_GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
-HELD_OUT = 0.1
+HELD_OUT = 0.1  # share of the training rows that a classifier is scored on
+ENOUGH = 500  # rows to choose by; where a tenth is fewer, more tenths take their turn
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ class LinearResult:
 
     Args:
         accuracy: On the test rows, of the classifier fitted on all training rows.
-        held_out: On the training rows that chose the penalty.
+        held_out: Its classifiers' on the training rows that chose the penalty.
         penalty: The chosen one.
         correct: Which test rows it gets right, bool [M].
     """
@@ -86,8 +87,9 @@ def linear_probe(
 ) -> LinearResult:
     """Accuracy of a linear classifier on standardised features.
 
-    A tenth of the *training* rows chooses the penalty; the classifier is then fitted on all of
-    them, and the test rows are looked at once.
+    Of the *training* rows a tenth chooses the penalty, or, where that were fewer than 500 rows, as
+    many tenths as give these, one after the other, up to all ten; the classifier is then fitted on
+    all of them, and the test rows are looked at once.
 
     Args:
         train: Features [N, F].
@@ -108,18 +110,22 @@ def linear_probe(
     train, test = (train - mean) / std, (test - mean) / std
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
 
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    order = order.to(train.device)
-    held, kept = order.tensor_split([max(1, round(HELD_OUT * len(train)))])
-    if len(kept) == 0:
-        kept = held
-    x, y = train[kept], train_labels[kept]
     grid = RIDGE_GRID if method == "ridge" else LOGISTIC_GRID
     fit = _ridge_path if method == "ridge" else _logistic_path
-    scores = [
-        float(_correct(weights, train[held], train_labels[held]).double().mean())
-        for weights in fit(x, y, classes, grid)
-    ]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    order = order.to(train.device)
+    tenth = max(1, round(HELD_OUT * len(train)))
+    folds = order.split(tenth)[: max(1, min(-(-ENOUGH // tenth), len(order) // tenth))]
+    hits = torch.zeros(len(grid), dtype=torch.int64)
+    for i, held in enumerate(folds):
+        kept = torch.cat([order[: i * tenth], order[i * tenth + len(held) :]])
+        if len(kept) == 0:
+            kept = held
+        path = fit(train[kept], train_labels[kept], classes, grid)
+        hits += torch.tensor(
+            [int(_correct(w, train[held], train_labels[held]).sum()) for w in path]
+        )
+    scores = (hits.double() / sum(len(held) for held in folds)).tolist()
     best = max(range(len(grid)), key=scores.__getitem__)
     # The path up to the chosen penalty: logistic regression starts each from the one before.
     path = grid[best : best + 1] if method == "ridge" else grid[: best + 1]
@@ -139,13 +145,20 @@ def _ridge_path(x: Tensor, y: Tensor, classes: int, grid: tuple[float, ...]) -> 
     mean = x.mean(dim=0)
     target = F.one_hot(y, classes).float()
     prior = target.mean(dim=0)
-    # Moments of centred data: the bias then is the prior's, and is not penalised.
-    gram = (x.T @ x).double() / len(x) - torch.outer(mean, mean).double()
-    cross = (x.T @ target).double() / len(x) - torch.outer(mean, prior).double()
+    # Of centred data: the bias then is the prior's, and is not penalised. The system to solve is
+    # that of the rows where they are fewer than the features.
+    rows = len(x) < x.shape[1]
+    if rows:
+        centred = (x - mean).double()
+        gram, cross = centred @ centred.T / len(x), (target - prior).double() / len(x)
+    else:
+        gram = (x.T @ x).double() / len(x) - torch.outer(mean, mean).double()
+        cross = (x.T @ target).double() / len(x) - torch.outer(mean, prior).double()
     paths = []
     for penalty in grid:
         damped = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=x.device)
-        weights = torch.cholesky_solve(cross, torch.linalg.cholesky(damped)).float()
+        weights = torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
+        weights = (centred.T @ weights if rows else weights).float()
         paths.append(torch.cat([weights, (prior - mean @ weights)[None]]))
     return paths
 

@@ -48,17 +48,23 @@ class TestKNN:
 
 
 class TestLinear:
-    def test_ridge_is_least_squares_with_a_free_bias(self):
-        """Against the augmented least-squares problem, solved by lstsq in float64."""
-        x, y = clusters(60, 5, noise=2.0)
-        test_x, test_y = clusters(50, 5, noise=2.0, seed=1)
+    @pytest.mark.parametrize("features", [5, 90])
+    def test_ridge_is_least_squares_with_a_free_bias(self, features):
+        """Against the augmented least-squares problem, solved by lstsq in float64.
+
+        With more features than rows the probe solves the other system, that of the rows.
+        """
+        x, y = clusters(60, features, noise=2.0)
+        test_x, test_y = clusters(50, features, noise=2.0, seed=1)
         result = linear_probe(x, y, test_x, test_y)
         assert result.penalty in RIDGE_GRID
         mean, std = x.mean(0), x.std(0, correction=0)
         a, b = ((v - mean) / std for v in (x, test_x))
         damping = math.sqrt(result.penalty * len(a))
-        rows = torch.cat([torch.cat([a, torch.ones(60, 1)], 1), damping * torch.eye(5, 6)])
-        targets = torch.cat([F.one_hot(y, 3).float(), torch.zeros(5, 3)])
+        rows = torch.cat(
+            [torch.cat([a, torch.ones(60, 1)], 1), damping * torch.eye(features, features + 1)]
+        )
+        targets = torch.cat([F.one_hot(y, 3).float(), torch.zeros(features, 3)])
         weights = torch.linalg.lstsq(rows.double(), targets.double()).solution.float()
         logits = torch.cat([b, torch.ones(50, 1)], 1) @ weights
         assert result.accuracy == pytest.approx(float((logits.argmax(1) == test_y).float().mean()))
@@ -76,6 +82,13 @@ class TestLinear:
         one = linear_probe(x, y, test_x, test_y, method=method)
         other = linear_probe(x, y, test_x, test_y.flip(0), method=method)
         assert (one.penalty, one.held_out) == (other.penalty, other.held_out)
+
+    def test_few_rows_take_turns_in_choosing_the_penalty(self):
+        """One tenth of 70 rows would be 7 of them: too few to tell one penalty from another."""
+        x, y = clusters(70, 6, noise=3.0)
+        held_out = linear_probe(x, y, x, y).held_out
+        assert round(70 * held_out) == pytest.approx(70 * held_out)
+        assert round(7 * held_out) != pytest.approx(7 * held_out)
 
     @pytest.mark.parametrize("method", ["ridge", "logistic"])
     def test_dead_constant_and_too_many_features(self, method):
