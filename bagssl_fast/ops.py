@@ -25,7 +25,7 @@ DISPATCH: dict[str, tuple[str, str | None, str | None]] = {
     "patch_views": ("reference", "cpu", "kernels"),
     "patch_embed": ("reference", "cpu", "kernels"),
     "conv3x3": ("reference", "cpu", None),  # cuda: cuDNN, as the reference
-    "linear_bn_relu": ("reference", None, "kernels"),
+    "linear_bn_relu": ("reference", "cpu", "kernels"),
     "vicreg": ("reference", "cpu", "kernels"),
     "tcr": ("reference", "cpu", "kernels"),
     "bag_pool": ("reference", "cpu", "kernels"),

@@ -121,9 +121,9 @@ def linear_probe(
         kept = torch.cat([order[: i * tenth], order[i * tenth + len(held) :]])
         if len(kept) == 0:
             kept = held
-        path = fit(train[kept], train_labels[kept], classes, grid)
+        fits = fit(train[kept], train_labels[kept], classes, grid)
         hits += torch.tensor(
-            [int(_correct(w, train[held], train_labels[held]).sum()) for w in path]
+            [int(_correct(w, train[held], train_labels[held]).sum()) for w in fits]
         )
     scores = (hits.double() / sum(len(held) for held in folds)).tolist()
     best = max(range(len(grid)), key=scores.__getitem__)

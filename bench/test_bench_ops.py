@@ -5,6 +5,7 @@ from __future__ import annotations
 import bench_bag_pool
 import bench_conv3x3
 import bench_dense
+import bench_linear_bn_relu
 import bench_patch_embed
 import bench_tcr
 import bench_vicreg
@@ -12,7 +13,15 @@ import pytest
 from _common import OURS
 from _ops import COMPILED, OpCase
 
-BENCHES = (bench_vicreg, bench_tcr, bench_bag_pool, bench_patch_embed, bench_conv3x3, bench_dense)
+BENCHES = (
+    bench_vicreg,
+    bench_tcr,
+    bench_bag_pool,
+    bench_patch_embed,
+    bench_linear_bn_relu,
+    bench_conv3x3,
+    bench_dense,
+)
 
 
 def runs() -> list:
