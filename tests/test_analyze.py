@@ -11,7 +11,7 @@ import torch
 
 from bagssl_fast import cli
 from bagssl_fast.analyze import aggregation, bags, epochs, mean
-from bagssl_fast.analyze.__main__ import examine, main, make_context, make_parser, studies
+from bagssl_fast.analyze.__main__ import describe, examine, main, make_context, make_parser, studies
 from bagssl_fast.analyze.models import DONE, Context, Stopped
 from bagssl_fast.analyze.study import Figure, Result, Study, Table
 from bagssl_fast.analyze.verdict import Difference, all_of, difference, paired, percent
@@ -213,6 +213,27 @@ class TestModels:
         assert set(scores) == {("h", 0), ("h", 1), ("h", 4), ("z", 0), ("z", 1)}
         monkeypatch.setattr(bags, "extract", None)
         assert bags.bag_scores(c, config, 0.5, (CENTER, 1, 4), projections_up_to=1) == scores
+
+    def test_what_is_used_again_still_counts_as_time(self, folder, tmp_path):
+        """A report may not look cheap because its models were there already."""
+        study = Study("s", 3, "t", lambda c: use(c))
+
+        def use(c):
+            bags.bag_scores(c, c.config(side=0.5), 0.5, (1,))
+            return TestResult.RESULT
+
+        first = examine(study, context(folder, tmp_path))
+        assert len(first.costs) == 2  # the model, its scores
+        assert first.took == first.seconds + sum(first.costs.values()) > 0
+        study.result_path(tmp_path).unlink()
+        again = examine(study, context(folder, tmp_path))
+        assert again.costs == first.costs
+
+        other = replace(again, claim=4, costs=again.costs | {"models/other": 100.0})
+        options = make_parser().parse_args(["--seeds", "1"])
+        about = describe(options, context(folder, tmp_path), [again, other])
+        total = 100 + sum(first.costs.values()) + 2 * again.seconds
+        assert about["seconds"] == pytest.approx(total, abs=0.11)  # shared models once
 
     def test_single_patches_average_to_the_bag(self, folder, tmp_path):
         c = context(folder, tmp_path)

@@ -59,31 +59,29 @@ def examine(study: Study, context: Context) -> Result:
     """The kept result of a study, or a new one, which is then kept.
 
     A kept one counts only if recipe, seeds and images are the same. What an interrupted study has
-    cost so far is kept too.
+    cost so far is kept too; models and scores know themselves what they have cost.
     """
     path = study.result_path(context.out)
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     settings = context.settings()
     if kept.get("settings") != settings:
-        kept = {"settings": settings, "seconds": 0.0, "cpu_seconds": 0.0}
+        kept = {"settings": settings, "seconds": 0.0}
     if "result" in kept:
         say(f"claim {study.claim}: kept result, {path}")
         return Result.from_json(kept["result"])
     say(f"claim {study.claim}: {study.title}")
-    wall, cpu = time.monotonic(), time.process_time()
+    started = time.monotonic()
+    context.costs, context.spent = {}, 0.0
     try:
         result = study.run(context)
     finally:
-        kept["seconds"] = round(kept["seconds"] + time.monotonic() - wall, 1)
-        kept["cpu_seconds"] = round(kept["cpu_seconds"] + time.process_time() - cpu, 1)
+        own = max(0.0, time.monotonic() - started - context.spent)
+        kept["seconds"] = round(kept["seconds"] + own, 1)
         write_atomic(path, (json.dumps(kept) + "\n").encode())
-    result = replace(result, seconds=kept["seconds"], cpu_seconds=kept["cpu_seconds"])
+    result = replace(result, seconds=kept["seconds"], costs=context.costs)
     text = json.dumps(kept | {"result": result.to_json()}, indent=1) + "\n"
     write_atomic(path, text.encode())
-    say(
-        f"claim {study.claim}: {result.verdict}; {result.seconds} s, "
-        f"{result.cpu_seconds} s of CPU time"
-    )
+    say(f"claim {study.claim}: {result.verdict}; {result.took:.1f} s")
     return result
 
 
@@ -136,14 +134,14 @@ def describe(options: argparse.Namespace, context: Context, results: Sequence[Re
     if options.quick:
         flags.append("--quick")
     machine = env.report()
+    made = {path: cost for result in results for path, cost in result.costs.items()}
     return {
         "command": " ".join(["python -m bagssl_fast.analyze", *flags]),
         "data": Path(context.base.data).name,
         "recipe": Path(options.config).name,
         "seeds": len(context.seeds),
         "quick": context.quick,
-        "seconds": round(sum(result.seconds for result in results), 1),
-        "cpu_seconds": round(sum(result.cpu_seconds for result in results), 1),
+        "seconds": round(sum(r.seconds for r in results) + sum(made.values()), 1),
         "machine": {key: machine[key] for key in ("cpu", "cores", "gpus", "packages", "git")},
     }
 
@@ -162,8 +160,7 @@ def markdown(results: Sequence[Result], about: About) -> str:
     """Verdicts, texts, figures and tables as Markdown."""
     verdicts: list[list[str | int | float]] = [[r.claim, r.title, r.verdict] for r in results]
     minutes = (
-        f"{about['cpu_seconds'] / 60:.0f} minutes of CPU time ({about['seconds'] / 60:.0f} by the "
-        "wall, whatever else the machine did included)"
+        f"{about['seconds'] / 60:.0f} minutes by the wall, whatever else the machine did included"
     )
     machine = ", ".join([about["machine"]["cpu"], f"{about['machine']['cores']} cores"])
     parts = [

@@ -108,6 +108,7 @@ def text(context: Context, gains: Gains, of_random: dict[str, Difference], best:
         for name, gain in gains.items()
     )
     control = of_random["linear"]
+    by_knn = [gain["knn"].verdict for gain in gains.values()]
     smaller = [name for name, gain in gains.items() if gain["linear"].mean < control.mean]
     return (
         f"Each method trains the same encoder on two multi-scale crops per image with the same "
@@ -117,7 +118,9 @@ def text(context: Context, gains: Gains, of_random: dict[str, Difference], best:
         f"{bank_images(context)} labelled images, {test_images(context)} test images, "
         f"{len(context.seeds)} seed(s).\n\n"
         f"{len(won)} of {len(gains)} methods gain beyond two standard errors with the linear "
-        f"probe, {len(lost)} lose. Points gained by averaging: {listed}.\n\n"
+        f"probe, {len(lost)} lose; with kNN {by_knn.count('holds')} gain and "
+        f"{by_knn.count('does not hold')} lose. The verdict is that of the linear probe. Points "
+        f"gained by averaging: {listed}.\n\n"
         f"The control: the untrained network gains {control.points()} points (linear) in the same "
         f"way, so much of the gain belongs to averaging itself, which looks at every patch in its "
         f"own detail. {len(smaller)} of {len(gains)} trained methods gain less than it does: their "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -64,8 +65,13 @@ def bag_scores(
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     name = f"{'random' if random else 'bags'}-{key}.json"
     path = context.run_dir(config) / name
+    if not random:
+        context.train(config, label)
     if path.is_file():
-        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        context.used(path, kept["seconds"])
+        return _from_json(kept["scores"])
+    started = time.monotonic()
     model = context.random_model(config) if random else context.model(config, label)
     config = look_at(config, side, counts)
     plan = make_plan(config, model, context.device)
@@ -85,7 +91,8 @@ def bag_scores(
             "knn": knn_accuracy(*data, k=config.eval.knn_k, temperature=config.eval.knn_t),
         }
     content = [[layer, patches, values] for (layer, patches), values in scores.items()]
-    write_atomic(path, (json.dumps(content) + "\n").encode())
+    kept = {"seconds": context.made(path, started), "scores": content}
+    write_atomic(path, (json.dumps(kept) + "\n").encode())
     return scores
 
 

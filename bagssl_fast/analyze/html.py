@@ -26,8 +26,8 @@ def page(out: Path, results: Sequence[Result], about: Mapping[str, Any]) -> str:
     Args:
         out: Where the figures lie.
         results: In order.
-        about: command, data, seeds, quick, seconds and cpu_seconds (wall and CPU time), machine
-            (of `env.report`); each may be left out.
+        about: command, data, seeds, quick, seconds (wall time), machine (of `env.report`); each
+            may be left out.
 
     Raises:
         OSError: If a figure is missing.
@@ -95,7 +95,7 @@ def _section(out: Path, result: Result) -> str:
     figures = "".join(_figure(out, figure) for figure in result.figures)
     tables = "".join(_table(table) for table in result.tables)
     name = f"claim-{result.claim}"
-    took = f'<p class="facts">Took {duration(result.seconds)}</p>' if result.seconds else ""
+    took = f'<p class="facts">Took {duration(result.took)}</p>' if result.took else ""
     return (
         f'<section id="{name}" aria-labelledby="{name}-title">'
         f'<p class="eyebrow">Claim {result.claim} {_chip(result)}</p>'
@@ -164,7 +164,6 @@ def _footer(about: Mapping[str, Any]) -> str:
             str(v) for v in (machine.get("python"), packages.get("torch")) if v
         ),
         "wall time": duration(float(about["seconds"])) if "seconds" in about else None,
-        "CPU time": duration(float(about["cpu_seconds"])) if "cpu_seconds" in about else None,
     }
     rows = "".join(
         f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd></div>"

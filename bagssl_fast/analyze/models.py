@@ -48,12 +48,17 @@ class Context:
         out: The output directory.
         seeds: Seeds of the trainings, at least one.
         quick: Whether a look is wanted rather than a measurement.
+        costs: Seconds that the models and scores used by the present study took, by their paths in
+            the output directory, whenever they were made.
+        spent: Seconds that making some of them has taken by now.
     """
 
     base: Config
     out: Path
     seeds: tuple[int, ...] = (0,)
     quick: bool = False
+    costs: dict[str, float] = field(default_factory=dict, repr=False)
+    spent: float = 0.0
     _data: Data | None = field(default=None, repr=False)
     _fingerprint: str = field(default="", repr=False)
 
@@ -147,6 +152,7 @@ class Context:
         """
         folder = self.run_dir(config)
         if (folder / DONE).is_file():
+            self.used(folder, json.loads((folder / DONE).read_text(encoding="utf-8"))["seconds"])
             return folder
         config = replace(config, run_dir=str(folder), resume="auto", keep_checkpoints=1)
         say(f"  training {label or folder.name}")
@@ -163,13 +169,24 @@ class Context:
                 run.loader.close()
         if not finished:
             raise Stopped(f"stopped in the training of {label or folder.name}")
-        seconds = round(time.monotonic() - started, 1)
+        seconds = self.made(folder, started)
         text = json.dumps({"seconds": seconds, "steps": run.step}) + "\n"
         checkpoint.write_atomic(folder / DONE, text.encode())
         for path in (folder / checkpoint.FOLDER).glob("*.pt"):
             path.unlink()  # the exported weights are all that is read from now on
         say(f"  trained {label or folder.name}: {run.step} steps, {seconds} s")
         return folder
+
+    def made(self, path: Path, started: float) -> float:
+        """Notes what a model or its scores have cost since a `time.monotonic()`; gives seconds."""
+        seconds = round(time.monotonic() - started, 1)
+        self.spent += seconds
+        self.used(path, seconds)
+        return seconds
+
+    def used(self, path: Path, seconds: float) -> None:
+        """Notes what a finished model, or its scores, had cost."""
+        self.costs[str(path.relative_to(self.out))] = seconds
 
     def model(self, config: Config, label: str = "") -> BagModel:
         """The trained model of a configuration, in eval mode, on the device."""

@@ -62,8 +62,9 @@ class Result:
         tables: Shown in this order.
         figures: Shown in this order, before the tables.
         numbers: The raw numbers, for whoever wants to draw something else.
-        seconds: Wall time of the study, over all its interrupted parts.
-        cpu_seconds: CPU time likewise, which other programs on the machine disturb little.
+        seconds: Wall time of the study itself, over all its interrupted parts.
+        costs: Wall time of each model and measurement that it used, by its path in the output
+            directory; several studies may use the same.
     """
 
     claim: int
@@ -74,7 +75,12 @@ class Result:
     figures: list[Figure] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-    cpu_seconds: float = 0.0
+    costs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def took(self) -> float:
+        """Wall time of the study and all that it used."""
+        return self.seconds + sum(self.costs.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
