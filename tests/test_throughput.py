@@ -201,3 +201,21 @@ def test_laps_on_a_gpu_are_between_events_and_wait_once() -> None:
     # The marks are 2, 3, ..., 11 ms apart; each phase has two laps, five marks from each other.
     assert [round(seconds[phase] * 1e3) for phase in PHASES] == [9, 11, 13, 15, 17]
     assert sum(seconds.values()) == pytest.approx(65e-3)
+
+
+def test_time_to_accuracy_is_read_between_two_evaluations() -> None:
+    import time_to_accuracy
+
+    curve = [(0.0, 0.40, 0.55), (10.0, 0.50, 0.58), (20.0, 0.55, 0.57)]
+    wanted = {(0.45, 1): 5.0, (0.50, 1): 10.0, (0.54, 1): 18.0, (0.56, 1): float("inf")}
+    wanted |= {(0.55, 2): 0.0, (0.565, 2): 5.0}  # the initialisation has it; before a fall
+    for (target, probe), seconds in wanted.items():
+        assert time_to_accuracy.seconds_to(target, curve, probe) == pytest.approx(seconds)
+
+
+def test_time_to_accuracy_warms_up_and_ends_at_zero() -> None:
+    import time_to_accuracy
+
+    factors = [time_to_accuracy.lr_factor(100, step) for step in range(101)]
+    assert factors[0] == pytest.approx(1 / 6) and max(factors) == 1 and factors[100] < 1e-9
+    assert factors.index(1) == 5 and sorted(factors[6:], reverse=True) == factors[6:]
