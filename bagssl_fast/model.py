@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bagssl_fast.config import Config, patch_size
-from bagssl_fast.encoders import PatchMLP, PatchNet, build_encoder
+from bagssl_fast.encoders import build_encoder
 from bagssl_fast.heads import EMPHead, Projector
+from bagssl_fast.patchnet import PatchMLP, PatchNet
 
 
 class BagModel(nn.Module):

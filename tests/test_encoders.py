@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bagssl_fast.encoders import PatchMLP, PatchNet, build_encoder
+from bagssl_fast.encoders import build_encoder
 from bagssl_fast.heads import EMPHead, Projector
 from bagssl_fast.model import BagModel
+from bagssl_fast.patchnet import PatchMLP, PatchNet
 
 
 def images(n: int, height: int, width: int, seed: int = 0) -> Tensor:

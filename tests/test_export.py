@@ -111,7 +111,7 @@ class TestBackbone:
         self.compare(net, state, encoder, 32)
 
     def test_of_our_own(self, runs, tmp_path):
-        from bagssl_fast.encoders import PatchNet
+        from bagssl_fast.patchnet import PatchNet
 
         export.export(runs["dense"], tmp_path / "out")
         net = PatchNet(8, 4, hypercolumn=True)
