@@ -26,7 +26,6 @@ class Pass:
     fewest: float
     flops: float = 0.0
     floor: float | None = None  # at most so many times the fewest bytes
-    scratch: float = 0.0  # bytes of a scratch that stays in the cache, counted apart
 
 
 @dataclass(frozen=True)
@@ -232,11 +231,9 @@ def view_case(size: int, bicubic: bool, image: int, counted: int, quick: bool = 
         patches = params.shape[0] * params.shape[1]
         crops = 3 * float((params[..., 2] * params[..., 3]).sum())
         result = patches * size * size * 3 * dtype.itemsize
-        keeps = (params[..., 11] > 0) | ((params[..., 9] >= 0) & (params[..., 6] != 1))
-        scratch = 6.0 * size * size * int(keeps.sum()) if size > 64 else 0.0
         fewest = crops + result + patches * 84
         # Per crop pixel 2 bytes of weight, as multiply-adds over blocks of 16 in both products.
-        return [Pass("forward", kernels, fewest, floor=FLOOR, scratch=scratch)]
+        return [Pass("forward", kernels, fewest, floor=FLOOR)]
 
     full = view_table(num_slots, batch, image)
     return Case(

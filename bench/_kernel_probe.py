@@ -170,8 +170,16 @@ def data(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 class Count(NamedTuple):
-    loaded: float
-    stored: float
+    """Bytes that a kernel loads and stores.
+
+    Args:
+        memory: Of tensors.
+        scratch: Of its `scratch_ptr`, which stays in the cache.
+        exact: Whether all programs ran.
+    """
+
+    memory: float
+    scratch: float
     exact: bool
 
 
@@ -185,25 +193,34 @@ def count_case(case: Case, dtype: torch.dtype) -> dict[str, Count]:
         builder.create_masked_store,
         interpreter.GridExecutor.__call__,
     )
-    running = {"loaded": 0, "stored": 0}
+    running = {"memory": 0, "scratch": 0}
+    scratch = [0, 0]  # first and end address
     totals: dict[str, Count] = {}
 
+    def count(ptrs: Any, mask: Any) -> None:
+        inside = mask.data & (ptrs.data >= scratch[0]) & (ptrs.data < scratch[1])
+        size = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
+        running["scratch"] += int(np.count_nonzero(inside)) * size
+        running["memory"] += int(np.count_nonzero(mask.data & ~inside)) * size
+
     def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        running["loaded"] += int(np.count_nonzero(mask.data)) * _bytes(ptrs)
+        count(ptrs, mask)
         return load(self, ptrs, mask, *rest)
 
     def counted_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        running["stored"] += int(np.count_nonzero(mask.data)) * _bytes(ptrs)
+        count(ptrs, mask)
         return store(self, ptrs, value, mask, *rest)
 
     def counted_call(self: Any, *args: Any, **kwargs: Any) -> None:
-        running.update(loaded=0, stored=0)
+        running.update(memory=0, scratch=0)
+        buffer = kwargs.get("scratch_ptr", torch.empty(0))
+        scratch[:] = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
         scale = _run_sample(interpreter, self, *args, **kwargs)
         name = self.fn.__name__
         before = totals.get(name, Count(0, 0, True))
         totals[name] = Count(
-            before.loaded + running["loaded"] * scale,
-            before.stored + running["stored"] * scale,
+            before.memory + running["memory"] * scale,
+            before.scratch + running["scratch"] * scale,
             before.exact and scale == 1,
         )
 
@@ -215,10 +232,6 @@ def count_case(case: Case, dtype: torch.dtype) -> dict[str, Count]:
         builder.create_masked_load, builder.create_masked_store = load, store
         interpreter.GridExecutor.__call__ = call
     return totals
-
-
-def _bytes(ptrs: Any) -> int:
-    return max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
 
 
 def _run_sample(interpreter: Any, executor: Any, *args_dev: Any, **kwargs: Any) -> float:
