@@ -168,9 +168,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="time_to_accuracy_") as work:
         folder = Path(work)
         images = prepare_images("cifar", o.data, o.images, folder)
-        few = (200, 100) if o.quick else (o.bank, 2_000)
-        names = ("cifar", "cifar-test")
-        bank, test = (prepare_images(n, o.data, c, folder) for n, c in zip(names, few, strict=True))
+        bank_images, test_images = (200, 100) if o.quick else (o.bank, 2_000)
+        test = prepare_images("cifar-test", o.data, test_images, folder)
+        bank = images
+        if bank_images != len(images):
+            bank = prepare_images("cifar", o.data, bank_images, folder)
         steps = max(1, int(o.epochs * len(images) / case.batch))
         for seed in range(o.seeds):
             weights = [p.detach() for p in our_model(case, seed=seed).parameters()]
