@@ -1,13 +1,13 @@
 """Seconds of training until a kNN and a linear probe reach an accuracy, CIFAR-10, PatchNet, TCR.
 
-    python bench/time_to_accuracy.py [--quick] [--systems ...] [--seeds 3] [--epochs 1.5]
+    python bench/time_to_accuracy.py [--quick] [--systems ...] [--seeds 3] [--epochs 1]
 
 The bags are those of `configs/cifar10_cpu.yaml`: two views of 24 pixels for a dense bag and four
 patches of 16 pixels of each; the baselines draw eight patches of the same sizes, each augmented by
 itself.
 Every system trains the same encoder (PatchNet of width 64) from the same weights by the same
 optimiser (the recipe's AdamW, its cosine schedule as long as the training), on its own data path:
-ours dense, and the baselines patch by patch. Now and then the clock stands still, and a frozen copy
+ours dense and patch by patch, the baselines patch by patch. Now and then the clock stands still, and a frozen copy
 of the encoder embeds the bags of 25 patches of the training images and of some test images for the
 two probes, whichever system trained it; the embedding is the hypercolumn of
 `configs/cifar10_cpu.yaml` (the means of all maps: it has no weights of its own). Workers that go on
@@ -100,14 +100,14 @@ def lr_factor(steps: int, step: int) -> float:
 
 
 def run(
-    system: System, probes: tuple[Images, Images], every: int, first: Point | None
+    system: System, probes: tuple[Images, Images], evaluations: int, first: Point | None
 ) -> list[Point]:
     """Trains to the end or the highest target.
 
     Args:
         system: What trains.
         probes: Images that the probes learn from, and that they are tested on.
-        every: Steps between two evaluations.
+        evaluations: How many after the first one, evenly spread.
         first: The evaluation before the first step, if another system has made it.
     """
     laps, curve, seconds = Laps(clock(system.setup.device)), [first] if first else [], 0.0
@@ -124,9 +124,11 @@ def run(
 
     if not first:
         evaluate(0)
+    steps = system.setup.steps
+    due = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     for step, _ in enumerate(system.steps(laps), start=1):
         schedule.step()
-        if step % every and step != system.setup.steps:
+        if step not in due:
             continue
         seconds += sum(laps.seconds().values())
         if evaluate(step):
@@ -150,16 +152,18 @@ def main() -> None:
     data = os.environ.get("BAGSSL_DATA", "../shared/data")
     parser.add_argument("--data", type=Path, default=Path(data), help="folder of the tars")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--systems", nargs="+", default=["bagssl_fast_dense", "torch_kornia"])
+    parser.add_argument(
+        "--systems", nargs="+", default=["bagssl_fast_dense", "bagssl_fast", "torch_kornia"]
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=50_000, help="training images")
     parser.add_argument("--bank", type=int, default=50_000, help="training images of the probes")
-    parser.add_argument("--epochs", type=float, default=1.5)
-    parser.add_argument("--every", type=int, default=146, help="steps between two evaluations")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--evaluations", type=int, default=4, help="during a training")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     o = parser.parse_args()
     if o.quick:
-        o.seeds, o.images, o.every, o.epochs = 1, min(o.images, 640), 5, 1.0
+        o.seeds, o.images, o.evaluations, o.epochs = 1, min(o.images, 640), 2, 1.0
     torch.set_num_threads(o.threads)
     case: Case = replace(CASE, batch=64 if o.quick else CASE.batch)
     report = Report("time_to_accuracy", o.threads)
@@ -182,7 +186,7 @@ def main() -> None:
                 torch.manual_seed(seed)
                 print(f"  {paint(name, 'bold')}, seed {seed}, {steps} steps")
                 system = throughput.import_system(throughput.SYSTEMS[name][0])(setup)
-                curve = run(system, (bank, test), o.every, first)
+                curve = run(system, (bank, test), o.evaluations, first)
                 first = curve[0]
                 system.close()
                 curves[f"{name}, seed {seed}"] = [(s, linear) for s, _, linear in curve]
