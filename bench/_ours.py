@@ -64,6 +64,7 @@ class Ours(System):
             augment=self.case.view_augment if self.dense else self.case.augment,
             indices=self.setup.indices,
             num_threads=self.setup.threads,
+            seed=self.setup.seed,
             **options,
         )
 

@@ -7,14 +7,14 @@ patches of 16 pixels of each; the baselines draw eight patches of the same sizes
 itself.
 Every system trains the same encoder (PatchNet of width 64) from the same weights by the same
 optimiser (the recipe's AdamW, its cosine schedule as long as the training), on its own data path:
-ours dense and patch by patch, the baselines patch by patch. Now and then the clock stands still, and a frozen copy
-of the encoder embeds the bags of 25 patches of the training images and of some test images for the
-two probes, whichever system trained it; the embedding is the hypercolumn of
+ours dense and patch by patch, the baselines patch by patch. Now and then the clock stands still,
+and a frozen copy of the encoder embeds the bags of 25 patches of the training images and of some
+test images for the two probes, whichever system trained it; the embedding is the hypercolumn of
 `configs/cifar10_cpu.yaml` (the means of all maps: it has no weights of its own). Workers that go on
 during that pause gain a few batches at most. The time to a target is interpolated between the two
 evaluations around it: `inf` where no evaluation reaches it, 0 where the initialisation does. A
-training ends when every target is reached. Seeds change the initialisation and the order of the
-images; they run one after another, so read this on a quiet machine.
+training ends when every target is reached. Seeds change the initialisation, the order of the images
+and their augmentation; they run one after another, so read this on a quiet machine.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def main() -> None:
         for seed in range(o.seeds):
             weights = [p.detach() for p in our_model(case, seed=seed).parameters()]
             first = None
-            setup = Setup(case, images, weights, steps, o.device, o.threads)
+            setup = Setup(case, images, weights, steps, o.device, o.threads, seed=seed)
             for name in o.systems:
                 torch.manual_seed(seed)
                 print(f"  {paint(name, 'bold')}, seed {seed}, {steps} steps")

@@ -31,6 +31,8 @@ class Setup:
         device: "cpu" or "cuda".
         threads: CPU threads: of torch, and of the data path besides.
         synthetic: No data path: one random batch, over and over.
+        seed: Of the order of the images and of the augmentation, where a system draws them itself;
+            the others take torch's generator as it is.
     """
 
     case: Case
@@ -40,6 +42,7 @@ class Setup:
     device: str = "cpu"
     threads: int = 1
     synthetic: bool = False
+    seed: int = 0
 
     @property
     def indices(self) -> list[int]:
