@@ -64,6 +64,8 @@ def tables(found: list[dict[str, Any]]) -> str:
                 if form := provider.removeprefix(OURS).strip("_"):
                     name += f" ({form})"
                 figure = f"{ours['value']:,.4g} {ours['unit']}"
+                if math.isinf(ours["value"]):  # an accuracy in the time that was given
+                    figure = "not reached"
                 line = f"| {name} | {figure} | {better} | {comparison(memory, provider)} |"
                 blocks[bench if bench in TITLES else "ops"].append(line)
     head = "| case | ours | times faster than | times less memory than |\n|---|---|---|---|\n"
@@ -76,13 +78,15 @@ def tables(found: list[dict[str, Any]]) -> str:
 
 def comparison(providers: dict[str, dict[str, Any]], mine: str) -> str:
     """How many times better `mine` is than each provider that is not ours."""
-    if mine not in providers or providers[mine]["value"] <= 0:
+    theirs = {name: row for name, row in providers.items() if not name.startswith(OURS)}
+    shown = [row["value"] for row in (providers.get(mine), *theirs.values()) if row]
+    if mine not in providers or min(shown) <= 0 or math.isinf(min(shown)):
         return ""
-    return ", ".join(
-        f"{name} {ratio(providers[mine], row):.3g}"
-        for name, row in providers.items()
-        if not name.startswith(OURS) and 0 < row["value"] < math.inf
-    )
+    words = {
+        name: "not reached" if math.isinf(row["value"]) else f"{ratio(providers[mine], row):.3g}"
+        for name, row in theirs.items()
+    }
+    return ", ".join(f"{name} {word}" for name, word in words.items())
 
 
 def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
