@@ -39,7 +39,8 @@ def draw_steps(split: dict[str, dict[str, dict[str, float]]], machine: str, path
     _finish(figure, machine, path)
 
 
-Curves = dict[str, list[tuple[float, float]]]  # label -> (x, y), ...
+Curve = list[tuple[float, float]]  # (x, y), ...
+Curves = dict[str, Curve]  # by label
 
 
 def draw_curves(
@@ -61,6 +62,24 @@ def draw_curves(
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
+    _finish(figure, machine, path)
+
+
+def draw_runs(panels: dict[str, dict[str, list[Curve]]], machine: str, path: Path) -> None:
+    """Accuracy against seconds: a panel per probe, a colour per system, a line per run."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.4), layout="constrained")
+    for axis, (title, systems) in zip(axes, panels.items(), strict=True):
+        for (name, runs), colour in zip(systems.items(), COLOURS, strict=False):
+            for i, points in enumerate(runs):
+                label = name if i == 0 else None
+                axis.plot(
+                    *zip(*points, strict=True), marker="o", markersize=3, color=colour, label=label
+                )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("seconds of training")
+        axis.set_ylabel("accuracy, %")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
     _finish(figure, machine, path)
 
 

@@ -29,7 +29,7 @@ def curve(
     """The loss of every step of one training."""
     run = folder / f"{loss}-{impl}-{threads}"
     code = train(
-        f"--config {ROOT}/configs/cifar10_cpu.yaml --data {data} --run_dir {run} --impl {impl} "
+        f"--config {ROOT}/configs/cifar10_dense.yaml --data {data} --run_dir {run} --impl {impl} "
         f"--threads {threads} --loss.name {loss} --loss.options {{}} --encoder.width 32 "
         f"--head.options.normalize {loss == 'emp_ssl'} --batch_size 64 --max_steps {steps} "
         "--log_every 1 --eval.enabled false".split(" ")

@@ -2,7 +2,7 @@
 
     python bench/time_to_accuracy.py [--quick] [--systems ...] [--seeds 3] [--epochs 1]
 
-The bags are those of `configs/cifar10_cpu.yaml`: two views of 24 pixels for a dense bag and four
+The bags are those of `configs/cifar10_dense.yaml`: two views of 24 pixels for a dense bag and four
 patches of 16 pixels of each; the baselines draw eight patches of the same sizes, each augmented by
 itself.
 Every system trains the same encoder (PatchNet of width 64) from the same weights by the same
@@ -167,7 +167,7 @@ def main() -> None:
     torch.set_num_threads(o.threads)
     case: Case = replace(CASE, batch=64 if o.quick else CASE.batch)
     report = Report("time_to_accuracy", o.threads)
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, list[list[Point]]] = {}  # by system, one per seed
     times: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="time_to_accuracy_") as work:
         folder = Path(work)
@@ -189,7 +189,7 @@ def main() -> None:
                 curve = run(system, (bank, test), o.evaluations, first)
                 first = curve[0]
                 system.close()
-                curves[f"{name}, seed {seed}"] = [(s, linear) for s, _, linear in curve]
+                curves.setdefault(name, []).append(curve)
                 for i, probe in ((1, "kNN"), (2, "linear")):
                     for target in TARGETS:
                         key = (name, f"seconds to {target:.0%} {probe}")
@@ -198,14 +198,20 @@ def main() -> None:
                     times.setdefault((name, f"best {probe}"), []).append(best)
     for (name, metric), values in times.items():
         unit = "s" if metric.startswith("seconds") else "fraction"
-        report.add("cifar-tcr", name, metric, values, unit)
+        report.add("cifar-tcr, 8 patches", name, metric, values, unit)
         print(f"  {name:24}{metric:24}" + "  ".join(f"{v:.3g}" for v in values) + f" {unit}")
     report.save(o.json, o.csv)
     if o.plot:
-        from _plots import draw_curves
+        from _plots import draw_runs
 
-        panels: Any = {("linear accuracy against seconds of training", "accuracy"): curves}
-        draw_curves(panels, report.machine, o.plot, columns=1)
+        panels = {
+            probe: {
+                name: [[(point[0], 100 * point[i]) for point in curve] for curve in runs]
+                for name, runs in curves.items()
+            }
+            for i, probe in ((1, "kNN"), (2, "linear probe"))
+        }
+        draw_runs(panels, report.machine, o.plot)
 
 
 if __name__ == "__main__":
