@@ -118,7 +118,14 @@ class TestRecipes:
             assert augment.scale == pytest.approx([(size / 224) ** 2] * 2)
 
     def test_all_are_there(self):
-        names = {"demo", "cifar10_cpu", "cifar10_dense", "cifar10_bagssl", "cifar10_emp", "imagenet_bagssl"}
+        names = {
+            "demo",
+            "cifar10_cpu",
+            "cifar10_dense",
+            "cifar10_bagssl",
+            "cifar10_emp",
+            "imagenet_bagssl",
+        }
         assert names <= set(cli.recipe_names())
 
     @pytest.mark.parametrize(
