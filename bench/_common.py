@@ -21,6 +21,7 @@ import argparse
 import csv
 import gc
 import json
+import math
 import os
 import resource
 import statistics
@@ -229,7 +230,12 @@ class Report:
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
         if json_path:
-            json_path.write_text(json.dumps([asdict(row) for row in self.rows], indent=1) + "\n")
+            # JSON has no infinity: what was not reached is null there.
+            rows = [
+                {k: None if v == math.inf else v for k, v in asdict(row).items()}
+                for row in self.rows
+            ]
+            json_path.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
         if csv_path:
             with csv_path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, [f.name for f in fields(Row)])

@@ -40,6 +40,8 @@ def rows() -> list[dict[str, Any]]:
         content = json.loads(path.read_text())
         if isinstance(content, list):
             found += [row for row in content if "provider" in row]
+    for row in found:
+        row["value"] = math.inf if row["value"] is None else row["value"]  # not reached
     return found
 
 
