@@ -84,11 +84,14 @@ def comparison(providers: dict[str, dict[str, Any]], mine: str) -> str:
     shown = [row["value"] for row in (providers.get(mine), *theirs.values()) if row]
     if mine not in providers or min(shown) <= 0 or math.isinf(min(shown)):
         return ""
-    words = {
-        name: "not reached" if math.isinf(row["value"]) else f"{ratio(providers[mine], row):.3g}"
-        for name, row in theirs.items()
-    }
-    return ", ".join(f"{name} {word}" for name, word in words.items())
+    return ", ".join(f"{name} {word(providers[mine], row)}" for name, row in theirs.items())
+
+
+def word(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """How many times better ours is, or who reached an accuracy at all."""
+    if math.isinf(theirs["value"]):
+        return "(not reached)"
+    return "(reached)" if math.isinf(ours["value"]) else f"{ratio(ours, theirs):.3g}"
 
 
 def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
