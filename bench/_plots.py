@@ -43,13 +43,11 @@ Curve = list[tuple[float, float]]  # (x, y), ...
 Curves = dict[str, Curve]  # by label
 
 
-def draw_curves(
-    panels: dict[tuple[str, str], Curves], machine: str, path: Path, columns: int = 2
-) -> None:
-    """Log-log curves; panels are named by (title, label of y)."""
-    rows = -(-len(panels) // columns)
+def draw_curves(panels: dict[tuple[str, str], Curves], machine: str, path: Path) -> None:
+    """Log-log curves, two panels in a row; panels are named by (title, label of y)."""
+    rows = -(-len(panels) // 2)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False, layout="constrained"
+        rows, 2, figsize=(10, 3.2 * rows), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)

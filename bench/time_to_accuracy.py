@@ -43,12 +43,12 @@ from torch.optim import lr_scheduler
 
 from bagssl_fast.config import OptimConfig
 from bagssl_fast.encoders import build_encoder
-from bagssl_fast.features import fold_batch_norm
+from bagssl_fast.features import Plan, dense_bags, fold_batch_norm
 from bagssl_fast.model import BagModel
 from bagssl_fast.probes import knn_accuracy, linear_probe
 
 TARGETS = (0.50, 0.55, 0.60)
-EVAL_STRIDE = 4  # 25 patches of 16 pixels on 32x32
+EVAL_PATCHES = 25  # of each image
 OPTIM = OptimConfig(name="adamw", lr=3e-3, betas=(0.9, 0.99), weight_decay=1e-2)
 WARMUP = 0.06  # share of the steps, as in the recipe
 CASE = replace(
@@ -84,10 +84,12 @@ def bags(system: System, images: Images) -> Tensor:
     model: Any = BagModel(backbone, our_model(case).head, True, case.stride)
     model = fold_batch_norm(model).to(system.setup.device, memory_format=torch.channels_last)
     assert images.array is not None
+    plan = Plan((EVAL_PATCHES,), -1, len(images), torch.device(system.setup.device))
     features = []
     for part in np.array_split(images.array, max(1, len(images) // 250)):
         pixels = torch.from_numpy(part).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-        features.append(model.embed_dense(pixels.to(system.setup.device), EVAL_STRIDE).mean(dim=0))
+        grids = dense_bags(model, pixels.to(plan.device), [EVAL_PATCHES], plan, [EVAL_PATCHES])
+        features.append(grids[EVAL_PATCHES][0])
     return torch.cat(features).float().cpu()
 
 

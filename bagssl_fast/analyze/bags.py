@@ -65,7 +65,7 @@ def bag_scores(
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     name = f"{'random' if random else 'bags'}-{key}.json"
     path = context.run_dir(config) / name
-    if not random:
+    if not random:  # also for scores that are there already: they cost this training too
         context.train(config, label)
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))

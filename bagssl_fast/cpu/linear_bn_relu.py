@@ -30,18 +30,9 @@ def linear_bn_relu(
     """As `reference.linear_bn_relu`."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if group is not None or (running_mean is not None and running_mean.dtype != dtype):
+        tensors = x, weight, gamma, beta, running_mean, running_var
         return reference(
-            x,
-            weight,
-            gamma,
-            beta,
-            running_mean,
-            running_var,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            relu=relu,
-            group=group,
+            *tensors, training=training, momentum=momentum, eps=eps, relu=relu, group=group
         )
     flat = x.reshape(-1, x.shape[-1])
     h = F.linear(flat.to(dtype), weight.to(dtype))  # half precision gains nothing on a CPU
