@@ -11,10 +11,10 @@ SHARED = ("size", "interpolation", "blur_kernel", "mean", "std")
 
 @dataclass(frozen=True)
 class Augment:
-    """How a patch (or a whole view) is cut and coloured; words and pixels are torchvision's.
+    """How a patch (or a whole view) is cut and colored; words and pixels are torchvision's.
 
-    The stages run in this order: crop and resize, flip, colour jitter, grayscale, blur, solarize,
-    normalise. The defaults are EMP-SSL's for CIFAR-10 (Tong et al. 2023, its main.py).
+    The stages run in this order: crop and resize, flip, color jitter, grayscale, blur, solarize,
+    normalize. The defaults are EMP-SSL's for CIFAR-10 (Tong et al. 2023, its main.py).
 
     Args:
         size: Side of the square result, in pixels.
@@ -27,8 +27,8 @@ class Augment:
         contrast: Strength of the contrast jitter.
         saturation: Strength of the saturation jitter.
         hue: Strength of the hue jitter, at most 0.5.
-        jitter_prob: Probability of the colour jitter.
-        grayscale_prob: Probability of dropping the colours.
+        jitter_prob: Probability of the color jitter.
+        grayscale_prob: Probability of dropping the colors.
         blur_prob: Probability of a Gaussian blur.
         blur_sigma: Its standard deviation in pixels, (lowest, highest).
         blur_kernel: Its width in pixels, odd; 0 chooses it from sigma and size.
@@ -66,7 +66,7 @@ class Augment:
         scale: tuple[float, float] = (1.0, 1.0),
         ratio: tuple[float, float] = (1.0, 1.0),
     ) -> Augment:
-        """A crop and nothing else: no flip, no colours, no blur."""
+        """A crop and nothing else: no flip, no colors, no blur."""
         return cls(
             size=size,
             scale=scale,

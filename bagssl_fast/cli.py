@@ -68,7 +68,7 @@ def parse(argv: Sequence[str]) -> Config:
         SystemExit: 2 for what is wrong, with one line that says so; 0 for --help and
             --print_config.
     """
-    arguments = [_normalise(argument) for argument in argv]
+    arguments = [_normalize(argument) for argument in argv]
     if not any(a.split("=")[0] in ("--config", "--data") for a in arguments):
         arguments = ["--config", "demo", *arguments]
     recipe = ""
@@ -86,7 +86,7 @@ def parse(argv: Sequence[str]) -> Config:
     return resolve(config)
 
 
-def _normalise(argument: str) -> str:
+def _normalize(argument: str) -> str:
     """`--test-data=x` -> `--test_data=x`; values are left alone."""
     if not argument.startswith("--"):
         return argument
@@ -107,10 +107,10 @@ def find_recipe(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    wanted = Path(name)
-    if wanted.parent in (Path("."), Path("configs")) and wanted.suffix in ("", ".yaml"):
+    needed = Path(name)
+    if needed.parent in (Path("."), Path("configs")) and needed.suffix in ("", ".yaml"):
         for folder in RECIPE_FOLDERS:
-            path = folder / f"{wanted.stem}.yaml"
+            path = folder / f"{needed.stem}.yaml"
             if path.is_file():
                 return path
     sys.stderr.write(

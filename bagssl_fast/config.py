@@ -1,6 +1,6 @@
 """The configuration of a run: frozen dataclasses whose defaults a recipe and the flags override.
 
-`check` refuses what cannot work with a sentence that names the way out; `bagssl_fast.cli` reads
+`check` refuses what cannot work with a sentence that names the fix; `bagssl_fast.cli` reads
 command lines and yaml. Neither imports torch: `--help` and a wrong flag answer at once.
 """
 
@@ -21,7 +21,7 @@ class BagConfig:
             where `dense` is set.
         dense: Cut whole views and encode every patch of a view on a grid in one pass (an encoder
             with a dense form: patchnet). A step then sees patches x grid positions slots.
-        stride: Pixels between neighbouring patches of a dense view.
+        stride: Pixels between neighboring patches of a dense view.
         image_size: 0 takes `augment.scale` as it is; n > 0 makes a patch `augment.size` pixels of
             an image imagined at n x n: the scale becomes (augment.size / n) squared.
     """
@@ -80,7 +80,7 @@ class HeadConfig:
 
     Args:
         name: projector (VICReg's: Linear-BN-ReLU blocks, last Linear without bias), emp (EMP-SSL's
-            pre_feature, which becomes the embedding, and a normalised projection).
+            pre_feature, which becomes the embedding, and a normalized projection).
         hidden: Width of the hidden layers.
         out: Width of the projection.
         num_layers: Number of Linear layers (projector only).
@@ -154,7 +154,7 @@ class EvalConfig:
         patches: Numbers of patches per bag, squares: each is a grid over the image.
         view: Side to which a whole image is brought for its dense bag; 0 takes the side at which a
             patch covers what it covered in training, for dense bags `augment.size`.
-        random: Measure the same network at its random initialisation beside it.
+        random: Measure the same network at its random initialization beside it.
         random_patches: Largest bag of the random network (each costs as much as a trained one's).
         projection_patches: Largest bag whose projection z is measured beside the embedding h (the
             head runs on every patch); 0 for the central crop only, -1 for none.
@@ -162,7 +162,7 @@ class EvalConfig:
         max_test_images: Test images; 0 takes all.
         batch_size: Images per forward pass; 0 takes 32 on a CPU (for its caches), else 256.
         probe: Linear probe: ridge (closed form, seconds) or logistic (L-BFGS, slower).
-        knn_k: Neighbours of the weighted kNN, clamped to the training images.
+        knn_k: Neighbors of the weighted kNN, clamped to the training images.
         knn_t: Its temperature.
         test_fraction: Fraction of the images kept for testing where there is no test set.
     """
@@ -290,7 +290,7 @@ def check(config: Config) -> None:
     """Refuses a configuration that cannot train, before anything heavy starts.
 
     Raises:
-        ValueError: Naming the option, what came, what is wanted and the way out.
+        ValueError: Naming the option, what came, what is expected and how to fix it.
     """
     c = config
     _at_least("bag.patches", c.bag.patches, 1)
@@ -339,7 +339,7 @@ def check_eval(options: EvalConfig) -> None:
     """Refuses an evaluation that makes no sense.
 
     Raises:
-        ValueError: Naming the option and the way out.
+        ValueError: Naming the option and how to fix it.
     """
     for count in options.patches:
         if count < 1 or round(count**0.5) ** 2 != count:

@@ -15,53 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors.torch
-from torch import Tensor
+from bagssl_fast.terminal import say
 
-from bagssl_fast import checkpoint
-from bagssl_fast.bag_encoder import LAYERS, BagEncoder
-from bagssl_fast.encoders import ImageBackbone
-from bagssl_fast.evaluate import load_config, load_model
-from bagssl_fast.graph import TAKES, to_onnx
-from bagssl_fast.metrics import say
-from bagssl_fast.model import BagModel
-
-
-def backbone_state(model: BagModel) -> dict[str, Tensor]:
-    """A backbone's weights under the names of the library that made it.
-
-    A network of torchvision or timm comes without its classifier (`fc = nn.Identity()`,
-    `num_classes=0`).
-    """
-    backbone = model.backbone
-    net = backbone.net if isinstance(backbone, ImageBackbone) else backbone
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-
-
-def host(model: BagModel) -> str:
-    """The class of the network whose names `backbone_state` has."""
-    net = getattr(model.backbone, "net", model.backbone)
-    return f"{type(net).__module__}.{type(net).__qualname__}"
-
-
-def export(run: Path, out: Path) -> None:
-    """Writes model.safetensors, config.json and backbone.safetensors.
-
-    Raises:
-        ValueError: If `run` holds no trained model, or is `out`.
-        FileNotFoundError: If `run` does not exist.
-    """
-    if out.resolve() == run.resolve():
-        raise ValueError(f"--out {out} is the run itself; name another folder")
-    if (run / "config.yaml").is_file():
-        config = load_config(run)
-        model, step = load_model(run, config)
-    else:
-        model, config, step = checkpoint.load_exported(run)
-    checkpoint.export(out, model.state_dict(), checkpoint.describe(config, model, step))
-    notes = {"format": "pt", "encoder": config.encoder.name, "host": host(model)}
-    data = safetensors.torch.save(backbone_state(model), metadata=notes)
-    checkpoint.write_atomic(out / "backbone.safetensors", data)
+LAYERS = ("embedding", "projection")
+TAKES = ("images", "patches")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -82,14 +39,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("what the ONNX file computes")
     group.add_argument("--patches", default="16", help='per image: 1, 4, 9, 16, ... or "center"')
-    group.add_argument("--layer", choices=tuple(LAYERS), default="embedding")
-    group.add_argument("--normalize", action="store_true", help="L2-normalise the results")
+    group.add_argument("--layer", choices=LAYERS, default="embedding")
+    group.add_argument("--normalize", action="store_true", help="L2-normalize the results")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns 0, or 2 for wrong usage."""
     options = make_parser().parse_args(argv)
+
+    from bagssl_fast.inference.bag_encoder import BagEncoder
+    from bagssl_fast.inference.export import export
+    from bagssl_fast.inference.graph import to_onnx
+
     patches = int(options.patches) if options.patches.isdigit() else options.patches
     try:
         export(options.run, options.out)

@@ -34,7 +34,7 @@ class Case:
         patches: P, patches per image.
         batch: Images per step.
         loss: "emp_ssl" (TCR) or "vicreg".
-        optim: The optimiser, as published with the loss.
+        optim: The optimizer, as published with the loss.
         head: Of the projector.
         width: Of PatchNet.
         view: Side of the whole image in a dense bag, None where the encoder has no dense form.

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-PHASES = ("data wait", "encode", "loss", "backward", "optimiser")
+PHASES = ("data wait", "encode", "loss", "backward", "optimizer")
 
 
 class Clock(Protocol):

@@ -200,7 +200,7 @@ class Report:
                 f"{number(value):>{width}}"
                 for value, width in zip(quantiles(samples), (14, 12, 12), strict=True)
             )
-            line, colour = f"  {provider:30}{cells}", "cyan" if provider == ours else ""
+            line, color = f"  {provider:30}{cells}", "cyan" if provider == ours else ""
             if mine and provider != ours:
                 pairs = zip(mine, samples, strict=False)
                 ratios = [a / b if larger_is_better else b / a for a, b in pairs]
@@ -208,13 +208,13 @@ class Report:
                 self.add(case, ours, f"{metric}, ratio to {provider}", ratios, "x")
                 line += f"{ratio:>10.2f}x"
                 floor = floors.get(provider)
-                colour = "red" if ratio < (floor or 1.0) else "green" if floor else ""
+                color = "red" if ratio < (floor or 1.0) else "green" if floor else ""
                 if floor:
                     self.add(case, ours, f"{metric}, floor to {provider}", [floor], "x")
                     line += f"  {floor:g}x {'reached' if ratio >= floor else 'MISSED'}"
                     if ratio < floor:
                         self.missed.append(f"{case}: {ratio:.2f}x {provider}, floor {floor:g}x")
-            print(paint(line, colour))
+            print(paint(line, color))
 
     def parity(self, case: str, provider: str, error: float, tolerance: float) -> None:
         """Adds the distance of a provider's result to the truth; red parity ends the bench."""
@@ -249,7 +249,7 @@ def number(value: float) -> str:
 
 
 def paint(text: str, style: str) -> str:
-    """Colours a line on a terminal (and nowhere else, nor under NO_COLOR)."""
+    """Colors a line on a terminal (and nowhere else, nor under NO_COLOR)."""
     codes = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
     if style not in codes or not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return text

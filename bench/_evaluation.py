@@ -13,7 +13,13 @@ from baselines.step import PlainModel
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bagssl_fast.features import Plan, dense_bags, dense_grid, dense_stride, fold_batch_norm
+from bagssl_fast.evaluation.features import (
+    Plan,
+    dense_bags,
+    dense_grid,
+    dense_stride,
+    fold_batch_norm,
+)
 
 PATCHES_AT_ONCE = 4096  # of patch-by-patch encoding
 
@@ -23,7 +29,7 @@ def bag_encoders(
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     """Functions that embed the bags of images [B, H, W, 3], and how far each is from float64.
 
-    The images are in memory and normalised: what is timed is the encoding, and for the
+    The images are in memory and normalized: what is timed is the encoding, and for the
     patch-by-patch encoder the cutting.
     """
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).to(device)
@@ -59,9 +65,9 @@ def bag_encoders(
     few = images[:4].double()
     exact = our_model(case).double().eval().to(device)
     with torch.inference_mode():
-        wanted = patch_by_patch(exact.embed, few)
+        needed = patch_by_patch(exact.embed, few)
         errors = {
-            name: ((call()[:4].double() - wanted).norm() / wanted.norm()).item()
+            name: ((call()[:4].double() - needed).norm() / needed.norm()).item()
             for name, call in calls.items()
         }
     return calls, errors

@@ -146,7 +146,7 @@ def block_case(rows: int, cols: int, quick: bool = False) -> Case:
         stats = ("_stats_fwd_kernel", "_stats_merge_kernel")
         return [
             Pass("statistics", stats, y + 3 * column, 4 * elements, FLOOR),
-            Pass("normalise", ("_normalize_fwd_kernel",), 2 * y + 4 * column, 4 * elements, FLOOR),
+            Pass("normalize", ("_normalize_fwd_kernel",), 2 * y + 4 * column, 4 * elements, FLOOR),
             Pass("dgamma, dbeta", ("_reduce_bwd_kernel",), 2 * y + 6 * column, 7 * elements, FLOOR),
             Pass("dy", ("_normalize_bwd_kernel",), 3 * y + 6 * column, 9 * elements, FLOOR),
         ]

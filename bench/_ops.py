@@ -145,7 +145,7 @@ def print_shares(report: Report, case: OpCase, seconds: float, speeds: tuple[flo
 
 
 def _best(call: Callable[[], Any], rounds: int = 5) -> float:
-    """The shortest of a few rounds: a speed of the machine, not of its neighbours."""
+    """The shortest of a few rounds: a speed of the machine, not of its neighbors."""
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from bagssl_fast.data import BagLoader
 from bagssl_fast.data.feed import ahead
-from bagssl_fast.encoders import build_encoder
-from bagssl_fast.heads import EMPHead, Projector
 from bagssl_fast.losses import build_loss
-from bagssl_fast.model import BagModel
-from bagssl_fast.optim import build_optimizer
+from bagssl_fast.models.bag_model import BagModel
+from bagssl_fast.models.encoders import build_encoder
+from bagssl_fast.models.heads import EMPHead, Projector
+from bagssl_fast.training.optim import build_optimizer
 
 
 def our_model(case: Case, dense: bool = False, seed: int = 0) -> BagModel:

@@ -73,7 +73,7 @@ def truth(case: Case, system: System, inputs: Tensor, train: bool) -> Result:
     return loss.detach(), gradient(model.parameters())
 
 
-def compare(system: System, inputs: Tensor, wanted: Result, train: bool) -> tuple[float, float]:
+def compare(system: System, inputs: Tensor, needed: Result, train: bool) -> tuple[float, float]:
     """Relative errors of a system's loss and gradient; the model is left as it was."""
     model = system.model
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -85,8 +85,8 @@ def compare(system: System, inputs: Tensor, wanted: Result, train: bool) -> tupl
     model.load_state_dict(state)
     model.train()
     value = loss.detach().double().cpu()
-    error = ((value - wanted[0]) / wanted[0]).abs().item()
-    return error, ((got - wanted[1]).norm() / wanted[1].norm()).item()
+    error = ((value - needed[0]) / needed[0]).abs().item()
+    return error, ((got - needed[1]).norm() / needed[1].norm()).item()
 
 
 def gradient(parameters: Any) -> Tensor:

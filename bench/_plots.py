@@ -10,11 +10,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from _clock import PHASES
 
-COLOURS = ("#d1495b", "#2e86ab", "#edae49", "#7a9e7e", "#8d8d8d")
+ColorS = ("#d1495b", "#2e86ab", "#edae49", "#7a9e7e", "#8d8d8d")
 
 
 def draw_steps(split: dict[str, dict[str, dict[str, float]]], machine: str, path: Path) -> None:
-    """A bar per system, as long as its step, in the colours of its phases; a panel per case."""
+    """A bar per system, as long as its step, in the colors of its phases; a panel per case."""
     rows = [len(systems) for systems in split.values()]
     figure, panels = plt.subplots(
         len(split),
@@ -27,9 +27,9 @@ def draw_steps(split: dict[str, dict[str, dict[str, float]]], machine: str, path
     for panel, (case, systems) in zip(panels[:, 0], split.items(), strict=True):
         names = list(systems)[::-1]
         left = [0.0] * len(names)
-        for phase, colour in zip(PHASES, COLOURS, strict=True):
+        for phase, color in zip(PHASES, ColorS, strict=True):
             widths = [systems[name][phase] * 1e3 for name in names]
-            panel.barh(names, widths, left=left, color=colour, label=phase)
+            panel.barh(names, widths, left=left, color=color, label=phase)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         panel.set_title(case, loc="left", fontsize=10)
         panel.set_xlabel("ms per step" if panel is panels[-1, 0] else "")
@@ -64,14 +64,14 @@ def draw_curves(panels: dict[tuple[str, str], Curves], machine: str, path: Path)
 
 
 def draw_runs(panels: dict[str, dict[str, list[Curve]]], machine: str, path: Path) -> None:
-    """Accuracy against seconds: a panel per probe, a colour per system, a line per run."""
+    """Accuracy against seconds: a panel per probe, a color per system, a line per run."""
     figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.4), layout="constrained")
     for axis, (title, systems) in zip(axes, panels.items(), strict=True):
-        for (name, runs), colour in zip(systems.items(), COLOURS, strict=False):
+        for (name, runs), color in zip(systems.items(), ColorS, strict=False):
             for i, points in enumerate(runs):
                 label = name if i == 0 else None
                 axis.plot(
-                    *zip(*points, strict=True), marker="o", markersize=3, color=colour, label=label
+                    *zip(*points, strict=True), marker="o", markersize=3, color=color, label=label
                 )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("seconds of training")

@@ -13,7 +13,7 @@ from _common import OURS
 from _ops import Call, OpCase, main
 from torch import Tensor
 
-from bagssl_fast.encoders import build_encoder
+from bagssl_fast.models.encoders import build_encoder
 
 PATCHWISE = "patch by patch"
 TRAINING, INFERENCE = "25 patches, training step", "289 positions, inference"

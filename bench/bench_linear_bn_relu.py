@@ -10,7 +10,7 @@ from _common import OURS
 from _ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
 from torch import nn
 
-from bagssl_fast.heads import LinearBNReLU
+from bagssl_fast.models.heads import LinearBNReLU
 from bagssl_fast.ops import use_impl
 
 LAYERS = "Linear + BatchNorm1d + ReLU"

@@ -8,7 +8,7 @@ interleaved. Cases:
   b  ImageNet images, 20 patches each, the same augmentation, a tenth of the image -> 64 pixels
   c  decoding alone, per core
   d  our own scaling, 1 thread against --threads
-  e  the classic single view: a random resized crop of 224 pixels, flipped and normalised, from
+  e  the classic single view: a random resized crop of 224 pixels, flipped and normalized, from
      JPEG to float32; wall time at equal threads, on the original files and on smaller ones
      (short side 256, quality 90)
 
@@ -209,8 +209,8 @@ class Bench:
         for name, theirs in stats.items():
             if (theirs.shape, theirs.dtype) != (mine.shape, mine.dtype):
                 raise SystemExit(f"{case}: {name} gives {theirs}, ours {mine}: not the same work")
-            self.report.add(case, name, "mean pixel", [theirs.mean], "normalised")
-            self.report.add(case, name, "pixel deviation", [theirs.std], "normalised")
+            self.report.add(case, name, "mean pixel", [theirs.mean], "normalized")
+            self.report.add(case, name, "pixel deviation", [theirs.std], "normalized")
             for what in ("mean", "std"):
                 error = abs(getattr(mine, what) - getattr(theirs, what))
                 sampling = sum(getattr(s, f"{what}_error") ** 2 for s in (mine, theirs)) ** 0.5
@@ -308,7 +308,7 @@ def case_e(bench: Bench) -> None:
                 threads=threads,
             )
             case = f"e, {kind}, {threads} thread{'s' * (threads > 1)}"
-            title = f"{case}: crop to 224, flip, normalise"
+            title = f"{case}: crop to 224, flip, normalize"
             clocks = ("wall", "cpu")
             times = bench.compare(case, title, job, floors, clocks, "images")
             decode_share(bench, case, job, times)

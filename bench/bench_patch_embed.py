@@ -1,6 +1,6 @@
 """patch_embed: a linear layer over patches of uint8 images, beside unfold + linear.
 
-The peer normalises the images, cuts the patches by `F.unfold` (or, at positions that are no grid,
+The peer normalizes the images, cuts the patches by `F.unfold` (or, at positions that are no grid,
 by indexing) and applies `F.linear`. Timed is forward, and backward to weight and bias.
 """
 
@@ -34,20 +34,20 @@ def positions_of(case_id: str) -> Tensor:
     return grid if kind == "grid" else grid[torch.randperm(len(grid))]
 
 
-def normalised(images: Tensor) -> Tensor:
+def normalized(images: Tensor) -> Tensor:
     pixels = images.permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def unfold(images: Tensor, weight: Tensor, bias: Tensor, positions: Tensor) -> Tensor:
     reach = int(positions.max()) + weight.shape[2]  # a square of positions
-    columns = F.unfold(normalised(images)[:, :, :reach, :reach], weight.shape[2:])
+    columns = F.unfold(normalized(images)[:, :, :reach, :reach], weight.shape[2:])
     return F.linear(columns.transpose(1, 2), weight.flatten(1), bias).transpose(0, 1)
 
 
 def indexing(images: Tensor, weight: Tensor, bias: Tensor, positions: Tensor) -> Tensor:
     height, width = weight.shape[2:]
-    windows = normalised(images).unfold(2, height, 1).unfold(3, width, 1).permute(2, 3, 0, 1, 4, 5)
+    windows = normalized(images).unfold(2, height, 1).unfold(3, width, 1).permute(2, 3, 0, 1, 4, 5)
     if positions.dim() == 2:
         patches = windows[positions[:, 0], positions[:, 1]]
     else:

@@ -162,16 +162,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     report = Report("bench_swap", threads=options.threads)
     found = (name for host in options.host for name in HOSTS if name.startswith(host))
-    wanted = list(dict.fromkeys(found))  # in the order asked for
-    if not wanted:
+    needed = list(dict.fromkeys(found))  # in the order asked for
+    if not needed:
         raise SystemExit(f"--host {' '.join(options.host)}: the hosts are {', '.join(HOSTS)}")
-    for name in wanted:
+    for name in needed:
         try:
             bench(report, name, options)
         except Missing as missing:
             print(f"\n{name}: not here; {missing}")
         report.save(options.json, options.csv)  # what is done is kept
-    if any(name.startswith("lightly") for name in wanted):
+    if any(name.startswith("lightly") for name in needed):
         try:
             lightly_tests(report)
         except Missing as missing:

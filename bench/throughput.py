@@ -2,9 +2,9 @@
 
     python bench/throughput.py [--quick] [--data FOLDER] [--cases ...] [--systems ...] [--plot PNG]
 
-Every system takes the same steps: data, encode, loss, backward, optimiser. All get the same images
+Every system takes the same steps: data, encode, loss, backward, optimizer. All get the same images
 (CIFAR-10 as arrays, ImageNet as JPEG files), P, patch size, encoder, projector, weights, loss and
-optimiser; before a system is timed its loss and gradient on given patches and weights are compared
+optimizer; before a system is timed its loss and gradient on given patches and weights are compared
 with the float64 reference, and a system whose parity is red is refused. Systems (`baselines/` and
 `_ours.py`, one small file each):
 
@@ -25,7 +25,7 @@ A turn is one pass over a few batches that begins and ends with an empty pipelin
 system's workers disturb another's turn or work ahead for the next one. Turns of all systems are
 interleaved; figures are the median (p20, p80) over the rounds, ratios are taken round by round.
 OMP_WAIT_POLICY is PASSIVE for all: threads that spin while they wait cost the workers their cores.
-`memory` is the peak of a step above what model, optimiser and library hold, without the workers.
+`memory` is the peak of a step above what model, optimizer and library hold, without the workers.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ FLOORS = {
     "cifar-resnet18": {"emp_ssl": 1.3},
     "eval-256": {"torch": 5.0},
 }
-COLOURS = {
+ColorS = {
     "data wait": "red",
     "encode": "cyan",
     "loss": "yellow",
     "backward": "",
-    "optimiser": "dim",
+    "optimizer": "dim",
 }
 
 
@@ -300,14 +300,14 @@ class Bench:
 
 
 def bars(split: dict[str, dict[str, float]], width: int = 60) -> None:
-    """A bar per system, as long as its step, in the colours of its phases."""
+    """A bar per system, as long as its step, in the colors of its phases."""
     longest = max(sum(phases.values()) for phases in split.values())
     for name, phases in split.items():
         bar, done, drawn = "", 0.0, 0
         for phase, seconds in phases.items():
             done += seconds
             upto = round(width * done / longest)
-            bar += paint(phase[0] * (upto - drawn), COLOURS[phase])
+            bar += paint(phase[0] * (upto - drawn), ColorS[phase])
             drawn = upto
         print(f"  {name:26}{bar}")
     letters = ", ".join(f"{phase[0]} {phase}" for phase in PHASES)

@@ -6,14 +6,14 @@ The bags are those of `configs/cifar10_dense.yaml`: two views of 24 pixels for a
 patches of 16 pixels of each; the baselines draw eight patches of the same sizes, each augmented by
 itself.
 Every system trains the same encoder (PatchNet of width 64) from the same weights by the same
-optimiser (the recipe's AdamW, its cosine schedule as long as the training), on its own data path:
+optimizer (the recipe's AdamW, its cosine schedule as long as the training), on its own data path:
 ours dense and patch by patch, the baselines patch by patch. Now and then the clock stands still,
 and a frozen copy of the encoder embeds the bags of 25 patches of the training images and of some
 test images for the two probes, whichever system trained it; the embedding is the hypercolumn of
 `configs/cifar10_cpu.yaml` (the means of all maps: it has no weights of its own). Workers that go on
 during that pause gain a few batches at most. The time to a target is interpolated between the two
-evaluations around it: `inf` where no evaluation reaches it, 0 where the initialisation does. A
-training ends when every target is reached. Seeds change the initialisation, the order of the images
+evaluations around it: `inf` where no evaluation reaches it, 0 where the initialization does. A
+training ends when every target is reached. Seeds change the initialization, the order of the images
 and their augmentation; they run one after another, so read this on a quiet machine.
 """
 
@@ -42,10 +42,10 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from bagssl_fast.config import OptimConfig
-from bagssl_fast.encoders import build_encoder
-from bagssl_fast.features import Plan, dense_bags, fold_batch_norm
-from bagssl_fast.model import BagModel
-from bagssl_fast.probes import knn_accuracy, linear_probe
+from bagssl_fast.evaluation.features import Plan, dense_bags, fold_batch_norm
+from bagssl_fast.evaluation.probes import knn_accuracy, linear_probe
+from bagssl_fast.models.bag_model import BagModel
+from bagssl_fast.models.encoders import build_encoder
 
 TARGETS = (0.50, 0.55, 0.60)
 EVAL_PATCHES = 25  # of each image

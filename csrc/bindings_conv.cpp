@@ -23,7 +23,7 @@ void check_maps(const char* name, const Floats& maps, int64_t channels) {
   if (!packed || maps.shape(3) != channels) {
     throw std::invalid_argument(std::string("conv3x3: ") + name + " is " +
                                 std::string(py::str(py::cast<py::tuple>(maps.attr("shape")))) +
-                                "; wanted packed float32 [N, H, W, " + std::to_string(channels) +
+                                "; expected packed float32 [N, H, W, " + std::to_string(channels) +
                                 "]");
   }
 }
@@ -34,7 +34,7 @@ WeightStrides weight_strides(const Floats& weight) {
       stride(2) != 3 * stride(3)) {
     throw std::invalid_argument("conv3x3: weight is " +
                                 std::string(py::str(py::cast<py::tuple>(weight.attr("shape")))) +
-                                "; wanted float32 [K, C, 3, 3], contiguous or channels-last");
+                                "; expected float32 [K, C, 3, 3], contiguous or channels-last");
   }
   return {stride(0), stride(1), stride(3)};
 }

@@ -137,14 +137,14 @@ Bytes decode_item(const Item& item, const py::object& decoder, int64_t max_pixel
   {
     py::gil_scoped_release release;
     const ImageSize size = reader.open(item);
-    Box wanted = {0, 0, size.height, size.width};
-    if (box) wanted = {(*box)[0], (*box)[1], (*box)[2], (*box)[3]};
-    const Region region = reader.decode(wanted, denominator);
+    Box needed = {0, 0, size.height, size.width};
+    if (box) needed = {(*box)[0], (*box)[1], (*box)[2], (*box)[3]};
+    const Region region = reader.decode(needed, denominator);
     view = region.view;
     if (box && region.denominator == 1) {
-      view.data += (wanted.top - region.top) * view.row_stride + (wanted.left - region.left) * 3;
-      view.height = wanted.height;
-      view.width = wanted.width;
+      view.data += (needed.top - region.top) * view.row_stride + (needed.left - region.left) * 3;
+      view.height = needed.height;
+      view.width = needed.width;
     }
   }
   return to_array(view);

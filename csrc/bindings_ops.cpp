@@ -30,7 +30,7 @@ const T* input(const char* what, const Optional<T>& array, int64_t size) {
   if (!array) return nullptr;
   if (array->size() != size || (array->flags() & py::array::c_style) == 0) {
     throw std::invalid_argument(std::string(what) + " has " + std::to_string(array->size()) +
-                                " values; wanted " + std::to_string(size) + ", contiguous");
+                                " values; expected " + std::to_string(size) + ", contiguous");
   }
   return array->data();
 }
@@ -46,7 +46,7 @@ Bags<T> bags_of(const Array<T>& x) {
   constexpr auto kSize = static_cast<py::ssize_t>(sizeof(T));
   if (x.ndim() != 3 || (x.shape(2) > 1 && x.strides(2) != kSize)) {
     throw std::invalid_argument("bag_pool: x has " + std::to_string(x.ndim()) +
-                                " dimensions; wanted [P, B, D] whose rows are packed");
+                                " dimensions; expected [P, B, D] whose rows are packed");
   }
   return {x.data(), x.shape(0), x.shape(1), x.shape(2), x.strides(0) / kSize, x.strides(1) / kSize};
 }
@@ -61,7 +61,7 @@ void pool_bags(const Array<T>& x, Optional<T> mean, Optional<T> distance, Option
                                 output("bag_pool: norm", norm, rows),
                                 output("bag_pool: dot", dot, rows)};
   if (out.mean == nullptr || (out.norm == nullptr) != (out.dot == nullptr)) {
-    throw std::invalid_argument("bag_pool: wanted mean, and both of norm and dot or none");
+    throw std::invalid_argument("bag_pool: expected mean, and both of norm and dot or none");
   }
   py::gil_scoped_release release;
   bag_pool(bags, out, shared_pool(num_threads));
@@ -145,7 +145,7 @@ PatchGrid<T> grid_of(const Array<T>& pixels, const Axis<T>& down, const Axis<T>&
   if (pixels.ndim() != 5 || y.ndim() != 3 || y.shape(1) != pixels.shape(0) ||
       (y.shape(2) > 1 && y.strides(2) != kSize)) {
     throw std::invalid_argument(
-        "patch_grid: wanted pixels [B, F, V, 2, C] and results [P, B, M] with packed rows");
+        "patch_grid: expected pixels [B, F, V, 2, C] and results [P, B, M] with packed rows");
   }
   PatchGrid<T> grid = {};
   grid.down = axis_of<T>(down);
@@ -223,7 +223,7 @@ void cut_patch_rows(const Array<uint8_t>& pixels, const Array<int64_t>& offsets,
   const int64_t count = offsets.size();
   Optional<T> target = out;
   if (lines < 1 || count < 1 || out.size() % (count * lines) != 0) {
-    throw std::invalid_argument("patch_rows: wanted patches of whole lines");
+    throw std::invalid_argument("patch_rows: expected patches of whole lines");
   }
   const PatchRows rows = {input<uint8_t>("patch_rows: pixels", pixels, pixels.size()),
                           input<int64_t>("patch_rows: offsets", offsets, count),
@@ -249,7 +249,7 @@ void register_patch_rows(py::module_& m) {
   m.def("patch_rows", &cut_patch_rows<T>, py::arg("pixels").noconvert(), py::kw_only(),
         py::arg("offsets").noconvert(), py::arg("lines"), py::arg("stride"), py::arg("center"),
         py::arg("out").noconvert(), py::arg("num_threads") = 0,
-        "Writes patches as rows of centred numbers; see csrc/patch_rows.h.");
+        "Writes patches as rows of centered numbers; see csrc/patch_rows.h.");
 }
 
 }  // namespace

@@ -63,7 +63,7 @@ ViewOptions make_options(std::array<int, 2> size, const std::string& interpolati
     options.interp = Interpolation::kBicubic;
   } else {
     throw std::invalid_argument("patch_views: interpolation is '" + interpolation +
-                                "'; wanted 'bilinear' or 'bicubic'");
+                                "'; expected 'bilinear' or 'bicubic'");
   }
   if (dtype == "float32") {
     options.dtype = DType::kFloat32;
@@ -75,7 +75,7 @@ ViewOptions make_options(std::array<int, 2> size, const std::string& interpolati
     options.dtype = DType::kUint8;
   } else {
     throw std::invalid_argument("patch_views: dtype is '" + dtype +
-                                "'; wanted 'float32', 'bfloat16', 'float16' or 'uint8'");
+                                "'; expected 'float32', 'bfloat16', 'float16' or 'uint8'");
   }
   check_options(options);
   return options;
@@ -90,7 +90,8 @@ std::string shape_text(const py::array& array) {
 }
 
 std::vector<AugmentSpec> slot_specs(const std::vector<AugmentSpec>& specs) {
-  if (specs.empty()) throw std::invalid_argument("draw_views: no AugmentSpec; wanted one or more");
+  if (specs.empty())
+    throw std::invalid_argument("draw_views: no AugmentSpec; expected one or more");
   return specs;
 }
 
@@ -102,7 +103,7 @@ py::array_t<float> fill_table(const char* what, const Sizes& sizes, int64_t patc
   if (sizes.ndim() != 2 || sizes.shape(1) != 2 || patches < 0) {
     throw std::invalid_argument(std::string(what) + ": sizes has shape " + shape_text(sizes) +
                                 " and patches is " + std::to_string(patches) +
-                                "; wanted int64 [B, 2] (height, width) and patches >= 0");
+                                "; expected int64 [B, 2] (height, width) and patches >= 0");
   }
   const int64_t batch = sizes.shape(0);
   py::array_t<float> table({patches, batch, int64_t{kViewParams}});
@@ -123,7 +124,7 @@ py::array_t<float> draw_views(const std::vector<AugmentSpec>& specs, const Sizes
   slot_specs(specs);
   if (images.ndim() != 1 || sizes.ndim() != 2 || images.shape(0) != sizes.shape(0)) {
     throw std::invalid_argument("draw_views: images has shape " + shape_text(images) +
-                                " and sizes " + shape_text(sizes) + "; wanted [B] and [B, 2]");
+                                " and sizes " + shape_text(sizes) + "; expected [B] and [B, 2]");
   }
   const int64_t* image = images.data();
   return fill_table("draw_views", sizes, patches, [&](int64_t p, int64_t b, int64_t h, int64_t w) {
@@ -153,7 +154,7 @@ ImageView image_view(const py::handle& item) {
   if (!packed || !py::isinstance<py::array_t<uint8_t>>(array)) {
     throw std::invalid_argument("patch_views: an image is " + std::string(py::str(array.dtype())) +
                                 " " + shape_text(array) +
-                                "; wanted uint8 [H, W, 3] with packed rows (make it contiguous)");
+                                "; expected uint8 [H, W, 3] with packed rows (make it contiguous)");
   }
   return {static_cast<const uint8_t*>(array.data()), array.shape(0), array.shape(1),
           array.strides(0)};
@@ -172,8 +173,8 @@ py::array make_output(py::object out, const ViewOptions& options, int64_t patche
   for (int i = 0; fits && i < 5; ++i) fits = array.shape(i) == shape[i];
   if (!fits) {
     throw std::invalid_argument("patch_views: out is " + std::string(py::str(array.dtype())) + " " +
-                                shape_text(array) + "; wanted contiguous, writeable " + type + " " +
-                                shape_text(py::array(py::dtype(type), shape)));
+                                shape_text(array) + "; expected contiguous, writeable " + type +
+                                " " + shape_text(py::array(py::dtype(type), shape)));
   }
   return array;
 }
@@ -186,7 +187,7 @@ py::array patch_views(const py::sequence& images,
   const auto batch = static_cast<int64_t>(images.size());
   if (params.ndim() != 3 || params.shape(1) != batch || params.shape(2) != kViewParams) {
     throw std::invalid_argument("patch_views: params has shape " + shape_text(params) + " for " +
-                                std::to_string(batch) + " images; wanted [P, B, 16]");
+                                std::to_string(batch) + " images; expected [P, B, 16]");
   }
   const int64_t patches = params.shape(0);
   std::vector<ImageView> views;

@@ -68,12 +68,12 @@ Region ImageReader::decode(const Box& box, int denominator) {
   } else if (item_.channels == 3) {
     region.view = {item_.data, size_.height, size_.width, size_.width * 3};
   } else {
-    grey_as_rgb_.resize(static_cast<size_t>(size_.height * size_.width * 3));
+    gray_as_rgb_.resize(static_cast<size_t>(size_.height * size_.width * 3));
     for (int64_t i = 0; i < size_.height * size_.width; ++i) {
-      uint8_t* rgb = grey_as_rgb_.data() + 3 * i;
+      uint8_t* rgb = gray_as_rgb_.data() + 3 * i;
       rgb[0] = rgb[1] = rgb[2] = item_.data[i];
     }
-    region.view = {grey_as_rgb_.data(), size_.height, size_.width, size_.width * 3};
+    region.view = {gray_as_rgb_.data(), size_.height, size_.width, size_.width * 3};
   }
   return region;
 }

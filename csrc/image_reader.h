@@ -53,7 +53,7 @@ class ImageReader {
   ImageSize size_;
   bool is_native_jpeg_ = false;
   DecodedImage decoded_;
-  std::vector<uint8_t> grey_as_rgb_;
+  std::vector<uint8_t> gray_as_rgb_;
 };
 
 }  // namespace bagssl

@@ -160,11 +160,11 @@ struct JpegDecoder::State {
     const int64_t width = info.output_width;
     uint8_t* lines[kRowsPerCall];
     for (int64_t done = 0; done < rows;) {
-      const int64_t wanted = std::min(kRowsPerCall, rows - done);
-      for (int64_t i = 0; i < wanted; ++i) {
+      const int64_t needed = std::min(kRowsPerCall, rows - done);
+      for (int64_t i = 0; i < needed; ++i) {
         lines[i] = inks ? inks + i * width * 4 : out + (done + i) * stride;
       }
-      const int64_t got = jpeg_read_scanlines(&info, lines, static_cast<JDIMENSION>(wanted));
+      const int64_t got = jpeg_read_scanlines(&info, lines, static_cast<JDIMENSION>(needed));
       if (got == 0) return false;
       for (int64_t i = 0; inks && i < got; ++i) {
         inks_to_rgb(lines[i], width, out + (done + i) * stride);
@@ -217,30 +217,30 @@ Region JpegDecoder::decode(const Box& box, int denominator) {
   const ImageSize turned = upright_size(scaled, orientation_);
 
   // The scaled pixels that the box touches.
-  Box wanted;
-  wanted.top = box.top / denominator;
-  wanted.left = box.left / denominator;
-  wanted.height = std::min(ceil_div(box.top + box.height, denominator), turned.height) - wanted.top;
-  wanted.width = std::min(ceil_div(box.left + box.width, denominator), turned.width) - wanted.left;
+  Box needed;
+  needed.top = box.top / denominator;
+  needed.left = box.left / denominator;
+  needed.height = std::min(ceil_div(box.top + box.height, denominator), turned.height) - needed.top;
+  needed.width = std::min(ceil_div(box.left + box.width, denominator), turned.width) - needed.left;
 
-  Region region = decode_stored(stored_box(orientation_, scaled, wanted));
+  Region region = decode_stored(stored_box(orientation_, scaled, needed));
   region.denominator = denominator;
   if (orientation_ == 1) return region;
 
-  upright_.resize(static_cast<size_t>(wanted.height * wanted.width * 3));
-  for (int64_t y = 0; y < wanted.height; ++y) {
-    for (int64_t x = 0; x < wanted.width; ++x) {
+  upright_.resize(static_cast<size_t>(needed.height * needed.width * 3));
+  for (int64_t y = 0; y < needed.height; ++y) {
+    for (int64_t x = 0; x < needed.width; ++x) {
       int64_t from_y, from_x;
-      to_stored(orientation_, scaled, wanted.top + y, wanted.left + x, &from_y, &from_x);
-      std::memcpy(upright_.data() + (y * wanted.width + x) * 3,
+      to_stored(orientation_, scaled, needed.top + y, needed.left + x, &from_y, &from_x);
+      std::memcpy(upright_.data() + (y * needed.width + x) * 3,
                   region.view.data + (from_y - region.top) * region.view.row_stride +
                       (from_x - region.left) * 3,
                   3);
     }
   }
-  region.view = {upright_.data(), wanted.height, wanted.width, wanted.width * 3};
-  region.top = wanted.top;
-  region.left = wanted.left;
+  region.view = {upright_.data(), needed.height, needed.width, needed.width * 3};
+  region.top = needed.top;
+  region.left = needed.left;
   return region;
 }
 

@@ -6,7 +6,7 @@
 
 namespace bagssl {
 
-/// Where patches lie along one axis, seen from the centre: position i is `sign[i]` times distance
+/// Where patches lie along one axis, seen from the center: position i is `sign[i]` times distance
 /// number `distance[i]`. Waves have an odd length and so `half` frequencies beside zero.
 template <typename T>
 struct PatchAxis {

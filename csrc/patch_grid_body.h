@@ -5,7 +5,7 @@
 // Two images at a time, so that a weight is read once for both. For each frequency across: the
 // products of spectra, folded into sums and differences of frequencies v and -v, then the transform
 // along the height by two real matrices, cosines for the sums and sines for the differences, at
-// distances from the centre: positions at either side share them. Then the same along the width.
+// distances from the center: positions at either side share them. Then the same along the width.
 
 #ifdef BAGSSL_V3
 constexpr int kVectorBytes = 32;

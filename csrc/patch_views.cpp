@@ -36,9 +36,10 @@ int resolved_blur_kernel(const ViewOptions& options) {
 void check_box(const ImageView& image, const ViewParams& view) {
   if (image.data == nullptr || image.height <= 0 || image.width <= 0 ||
       image.row_stride < 3 * image.width) {
-    reject("the image is " + std::to_string(image.height) + " x " + std::to_string(image.width) +
-           " with rows " + std::to_string(image.row_stride) +
-           " bytes apart; wanted RGB data of positive size with rows of at least 3 * width bytes");
+    reject(
+        "the image is " + std::to_string(image.height) + " x " + std::to_string(image.width) +
+        " with rows " + std::to_string(image.row_stride) +
+        " bytes apart; expected RGB data of positive size with rows of at least 3 * width bytes");
   }
   const auto height = static_cast<float>(image.height), width = static_cast<float>(image.width);
   const bool integers = is_integer_in(view.top, 0, height) && is_integer_in(view.left, 0, width) &&
@@ -55,20 +56,20 @@ void check_box(const ImageView& image, const ViewParams& view) {
 void check_view(const ViewParams& view, const ViewOptions& options) {
   if (!is_flag(view.flip) || !is_flag(view.grayscale)) {
     reject("flip is " + std::to_string(view.flip) + " and grayscale " +
-           std::to_string(view.grayscale) + "; wanted 0 or 1");
+           std::to_string(view.grayscale) + "; expected 0 or 1");
   }
   if (!is_integer_in(view.order, -1, kOrders - 1)) {
-    reject("order is " + std::to_string(view.order) + "; wanted -1 (no jitter) or 0..23");
+    reject("order is " + std::to_string(view.order) + "; expected -1 (no jitter) or 0..23");
   }
   if (view.order >= 0 && !(is_factor(view.brightness) && is_factor(view.contrast) &&
                            is_factor(view.saturation) && std::fabs(view.hue) <= 0.5f)) {
     reject("the jitter is brightness " + std::to_string(view.brightness) + ", contrast " +
            std::to_string(view.contrast) + ", saturation " + std::to_string(view.saturation) +
            ", hue " + std::to_string(view.hue) +
-           "; wanted finite factors >= 0 and a hue shift in [-0.5, 0.5]");
+           "; expected finite factors >= 0 and a hue shift in [-0.5, 0.5]");
   }
   if (!is_factor(view.blur_sigma)) {
-    reject("blur_sigma is " + std::to_string(view.blur_sigma) + "; wanted 0 (none) or more");
+    reject("blur_sigma is " + std::to_string(view.blur_sigma) + "; expected 0 (none) or more");
   }
   const int pad = resolved_blur_kernel(options) / 2;
   if (view.blur_sigma > 0 && pad >= std::min(options.out_h, options.out_w)) {
@@ -78,7 +79,7 @@ void check_view(const ViewParams& view, const ViewOptions& options) {
   }
   if (!(view.solarize >= 0.0f)) {
     reject("solarize is " + std::to_string(view.solarize) +
-           "; wanted a threshold in 0..255, or 256 for none");
+           "; expected a threshold in 0..255, or 256 for none");
   }
 }
 
@@ -257,7 +258,7 @@ void blur(float sigma, const ViewOptions& options, const PixelOps& ops, Buffers&
   }
 }
 
-void prepare_normalise(const ViewOptions& options, Buffers& buffers) {
+void prepare_normalize(const ViewOptions& options, Buffers& buffers) {
   const bool same = std::equal(options.mean, options.mean + 3, buffers.mean) &&
                     std::equal(options.std, options.std + 3, buffers.std);
   const bool wants_table = options.dtype == DType::kBfloat16 || options.dtype == DType::kFloat16;
@@ -281,7 +282,7 @@ void store(const ViewOptions& options, int pixels, const PixelOps& ops, Buffers&
     ops.store_uint8(planes, pixels, static_cast<uint8_t*>(out));
     return;
   }
-  prepare_normalise(options, buffers);
+  prepare_normalize(options, buffers);
   if (options.dtype == DType::kFloat32) {
     ops.store_float(planes, pixels, buffers.scale, buffers.offset, static_cast<float*>(out));
   } else {
@@ -304,17 +305,18 @@ void check_options(const ViewOptions& options) {
   if (options.out_h <= 0 || options.out_w <= 0 || options.out_h > kLargestPatch ||
       options.out_w > kLargestPatch) {
     reject("the patch size is " + std::to_string(options.out_h) + " x " +
-           std::to_string(options.out_w) + "; wanted 1.." + std::to_string(kLargestPatch));
+           std::to_string(options.out_w) + "; expected 1.." + std::to_string(kLargestPatch));
   }
   if (options.blur_kernel < 0 || (options.blur_kernel != 0 && options.blur_kernel % 2 == 0)) {
     reject("blur_kernel is " + std::to_string(options.blur_kernel) +
-           "; wanted an odd number of pixels, or 0 for a tenth of the patch");
+           "; expected an odd number of pixels, or 0 for a tenth of the patch");
   }
   for (int c = 0; c < 3; ++c) {
     if (!std::isfinite(options.mean[c]) || !std::isfinite(options.std[c]) ||
         !(options.std[c] > 0)) {
       reject("channel " + std::to_string(c) + " has mean " + std::to_string(options.mean[c]) +
-             " and std " + std::to_string(options.std[c]) + "; wanted finite numbers and std > 0");
+             " and std " + std::to_string(options.std[c]) +
+             "; expected finite numbers and std > 0");
     }
   }
 }

@@ -8,7 +8,7 @@
 namespace bagssl {
 
 enum class Interpolation { kBilinear, kBicubic };
-enum class DType { kUint8, kFloat32, kBfloat16, kFloat16 };  ///< kUint8: not normalised
+enum class DType { kUint8, kFloat32, kBfloat16, kFloat16 };  ///< kUint8: not normalized
 
 /// Bytes of one value.
 int64_t dtype_size(DType dtype);
@@ -51,7 +51,7 @@ class Scratch {
   std::unique_ptr<Buffers> buffers_;
 };
 
-/// Makes one patch: crop + resize, flip, jitter, grayscale, blur, solarize, normalise.
+/// Makes one patch: crop + resize, flip, jitter, grayscale, blur, solarize, normalize.
 ///
 /// The pixels are those of torchvision.transforms.v2.functional on uint8 tensors, stage by stage
 /// with uint8 rounding in between: bit for bit up to the blur, whose sums may round the other

@@ -7,7 +7,7 @@
 
 namespace bagssl {
 
-/// Three colour planes of integer-valued floats in 0..255. `size` is a multiple of
+/// Three color planes of integer-valued floats in 0..255. `size` is a multiple of
 /// kPlanePadding: pixels past the picture's end are zero before the first op.
 struct Planes {
   float* channel[3] = {nullptr, nullptr, nullptr};

@@ -27,7 +27,7 @@ inline Floats fused(Floats x, Floats y, Floats z) {
 #endif
 }
 
-/// Towards zero, |x| < 2^31.
+/// Toward zero, |x| < 2^31.
 inline Floats truncate(Floats x) {
 #ifdef BAGSSL_V3
   return _mm256_round_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
@@ -54,7 +54,7 @@ inline Floats gray(Floats r, Floats g, Floats b) {
   return truncate(fused(b, splat(0.114f), fused(g, splat(0.587f), r * 0.2989f)));
 }
 
-// ----------------------------------------------------------------------------------- colour
+// ----------------------------------------------------------------------------------- color
 
 void brightness(Planes planes, float factor) {
   for (float* plane : planes.channel) {
@@ -86,10 +86,10 @@ void saturation(Planes planes, float factor) {
   for (int i = 0; i < planes.size; i += kLanes) {
     float *r = planes.channel[0] + i, *g = planes.channel[1] + i, *b = planes.channel[2] + i;
     const Floats red = load(r), green = load(g), blue = load(b);
-    const Floats grey = gray(red, green, blue);
-    store(r, to_byte(fused(grey, rest, red * factor)));
-    store(g, to_byte(fused(grey, rest, green * factor)));
-    store(b, to_byte(fused(grey, rest, blue * factor)));
+    const Floats luma = gray(red, green, blue);
+    store(r, to_byte(fused(luma, rest, red * factor)));
+    store(g, to_byte(fused(luma, rest, green * factor)));
+    store(b, to_byte(fused(luma, rest, blue * factor)));
   }
 }
 
@@ -139,10 +139,10 @@ void hue(Planes planes, float shift) {
 void grayscale(Planes planes) {
   float *r = planes.channel[0], *g = planes.channel[1], *b = planes.channel[2];
   for (int i = 0; i < planes.size; i += kLanes) {
-    const Floats grey = gray(load(r + i), load(g + i), load(b + i));
-    store(r + i, grey);
-    store(g + i, grey);
-    store(b + i, grey);
+    const Floats luma = gray(load(r + i), load(g + i), load(b + i));
+    store(r + i, luma);
+    store(g + i, luma);
+    store(b + i, luma);
   }
 }
 

@@ -77,7 +77,7 @@ void WeightCache::fill(Slot& slot, int in, int out, Interpolation interp) {
 }
 
 const AxisWeights& WeightCache::get(int in, int out, Interpolation interp) {
-  // Neighbouring sizes, which random crops have, lie in different slots.
+  // Neighboring sizes, which random crops have, lie in different slots.
   const int64_t key = int64_t{in} + 31 * int64_t{out} + 17 * static_cast<int>(interp);
   Slot& slot = slots_[key % kSlots];
   if (slot.axis.in != in || slot.axis.out != out || slot.interp != interp) {

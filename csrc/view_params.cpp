@@ -46,7 +46,7 @@ float jitter_factor(uint32_t bits, double strength) {
   return static_cast<float>(uniform(bits, std::max(0.0, 1.0 - strength), 1.0 + strength));
 }
 
-/// Python's round(): halves go to the even neighbour.
+/// Python's round(): halves go to the even neighbor.
 int64_t round_half_even(double x) { return static_cast<int64_t>(std::nearbyint(x)); }
 
 void set_box(ViewParams& view, int64_t top, int64_t left, int64_t height, int64_t width) {
@@ -97,7 +97,7 @@ void check_size(const char* what, int64_t height, int64_t width) {
 void check_range(const char* name, double low, double high, double least, double most) {
   if (!(low >= least && high <= most && low <= high)) {
     throw std::invalid_argument(std::string("augment: ") + name + " is (" + std::to_string(low) +
-                                ", " + std::to_string(high) + "); wanted low <= high within [" +
+                                ", " + std::to_string(high) + "); expected low <= high within [" +
                                 std::to_string(least) + ", " + std::to_string(most) + "]");
   }
 }
@@ -105,7 +105,7 @@ void check_range(const char* name, double low, double high, double least, double
 void check_value(const char* name, double value, double least, double most) {
   if (!(value >= least && value <= most)) {
     throw std::invalid_argument(std::string("augment: ") + name + " is " + std::to_string(value) +
-                                "; wanted a number in [" + std::to_string(least) + ", " +
+                                "; expected a number in [" + std::to_string(least) + ", " +
                                 std::to_string(most) + "]");
   }
 }
@@ -134,7 +134,7 @@ ViewParams draw_view(const AugmentSpec& spec, int64_t height, int64_t width, con
   if (key.epoch >> 32 != 0 || key.patch >> 24 != 0) {
     throw std::invalid_argument("draw_view: the key has epoch " + std::to_string(key.epoch) +
                                 " and patch " + std::to_string(key.patch) +
-                                "; wanted epoch < 2^32 and patch < 2^24");
+                                "; expected epoch < 2^32 and patch < 2^24");
   }
   const ViewStream stream(key);
   ViewParams view;
@@ -169,7 +169,7 @@ ViewParams grid_view(const AugmentSpec& spec, int64_t height, int64_t width, int
   if (patches <= 0 || n * n != patches || index < 0 || index >= patches) {
     throw std::invalid_argument("grid_view: patch " + std::to_string(index) + " of " +
                                 std::to_string(patches) +
-                                "; wanted 0 <= patch < patches and a square number of patches "
+                                "; expected 0 <= patch < patches and a square number of patches "
                                 "(1, 4, 9, 16, 25, ...)");
   }
   const double area = static_cast<double>(height) * static_cast<double>(width);

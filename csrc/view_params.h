@@ -11,7 +11,7 @@ struct ViewParams {
   float flip = 0;                                  ///< 1: mirror left and right
   float brightness = 1, contrast = 1, saturation = 1, hue = 0;  ///< used when order >= 0
   float order = -1;      ///< which lexicographic permutation of the four; -1: no jitter
-  float grayscale = 0;   ///< 1: grey
+  float grayscale = 0;   ///< 1: gray
   float blur_sigma = 0;  ///< 0: no blur
   float solarize = 256;  ///< values >= this are inverted; 256: none
   float reserved[3] = {0, 0, 0};

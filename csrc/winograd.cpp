@@ -63,7 +63,7 @@ void check(const ConvShape& s) {
     throw std::invalid_argument(
         "conv3x3: maps [" + std::to_string(s.n) + ", " + std::to_string(s.height) + ", " +
         std::to_string(s.width) + ", " + std::to_string(s.in_channels) + "] to " +
-        std::to_string(s.out_channels) + " channels; wanted at least one pixel and channel");
+        std::to_string(s.out_channels) + " channels; expected at least one pixel and channel");
   }
 }
 
@@ -95,7 +95,7 @@ void gather_taps(const float* weight, WeightStrides strides, int64_t k, int64_t 
   const int64_t lanes = std::min<int64_t>(last_k - k, kPanel);
   weight += k * strides.out + c * strides.in;
   for (int64_t tap = 0; tap < 9; ++tap, weight += strides.tap) {
-    if (strides.in < strides.out) {  // the inner loop is over neighbours
+    if (strides.in < strides.out) {  // the inner loop is over neighbors
       for (int64_t l = 0; l < lanes; ++l) {
         const float* from = weight + l * strides.out;
         for (int64_t i = 0; i < count; ++i) taps[i][tap][l] = from[i * strides.in];

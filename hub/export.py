@@ -6,7 +6,7 @@ one folder per backend under `build/`, which `kernels.get_local_kernel(OUT)` loa
 
 The kernels come along with two changes: their operators are registered under a namespace of the
 package's own, so that it lives beside bagssl_fast and beside other versions of itself, and errors
-do not name a way out that is not in the package.
+do not name a fix that is not in the package.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BACKENDS = ("cuda", "rocm")
 
 _OP = re.compile(r'"bagssl_triton::(\w+)"')
 _FIRST_AFTER_OPS = re.compile(r"^from \._(patch_ops|tuning) import", re.M)
-_WAY_OUT = ' impl="reference" is the way '
+_HOW_TO_FIX = ' impl="reference" is the way '
 _OPS_PY = '''"""The namespace of this build's operators; written by hub/export.py."""
 
 import torch
@@ -69,9 +69,9 @@ def rewrite(path: Path) -> str:
     """The text of a kernel file as the package has it."""
     text = path.read_text(encoding="utf-8")
     if path.name == "_common.py":
-        if _WAY_OUT not in text:
-            raise ValueError(f"{path}: no {_WAY_OUT!r} in it; see to hub/export.py")
-        text = text.replace(_WAY_OUT, " Plain torch is the way ")
+        if _HOW_TO_FIX not in text:
+            raise ValueError(f"{path}: no {_HOW_TO_FIX!r} in it; see to hub/export.py")
+        text = text.replace(_HOW_TO_FIX, " Plain torch is the way ")
     text, found = _OP.subn(r'add_op_namespace_prefix("\1")', text)
     if found:
         first = _FIRST_AFTER_OPS.search(text)

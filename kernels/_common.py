@@ -73,7 +73,7 @@ def product_options(tile: Tile) -> dict[str, int]:
 
 
 def refuse(op: str, came: str, supported: str) -> ValueError:
-    """The one form of error for bad input: op, what came, what is supported, the way out."""
+    """The one form of error for bad input: op, what came, what is supported, the fix."""
     return ValueError(
         f'{op}: got {came}; the Triton kernel supports {supported}. impl="reference" is the way '
         "out for everything that torch itself can do."

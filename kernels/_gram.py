@@ -20,15 +20,15 @@ from ._tuning import gram_split, gram_tile
 
 
 @triton.jit
-def load_centred(
+def load_centered(
     z_ptr, mean_ptr, offs_b, offs_d, batch, dim, stride_z_b, stride_z_d,
-    CENTRE: tl.constexpr, TYPE: tl.constexpr,
+    Center: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """A tile of z, minus its columns' means; offs_b and offs_d come shaped for their axes."""
     mask = (offs_b < batch) & (offs_d < dim)
     z_tile_ptr = z_ptr + offs_b.to(tl.int64) * stride_z_b + offs_d.to(tl.int64) * stride_z_d
     z = tl.load(z_tile_ptr, mask=mask, other=0.0)
-    if CENTRE:
+    if Center:
         mean = tl.load(mean_ptr + offs_d, mask=offs_d < dim, other=0.0)
         z = tl.where(mask, z.to(tl.float32) - mean, 0.0)
     return z.to(TYPE)
@@ -77,7 +77,7 @@ def _gram_fwd_kernel(
     scale,
     depth_per_split,
     ON_BATCH: tl.constexpr,
-    CENTRE: tl.constexpr,
+    Center: tl.constexpr,
     ZERO_DIAGONAL: tl.constexpr,
     STORE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
@@ -105,18 +105,18 @@ def _gram_fwd_kernel(
     for k in range(first, tl.minimum(first + depth_per_split, depth), BLOCK_K):
         offs_k = (k + tl.arange(0, BLOCK_K))[None, :]
         if ON_BATCH:
-            zi = load_centred(
-                z_ptr, mean_ptr, offs_i, offs_k, batch, dim, stride_z_b, stride_z_d, CENTRE, TYPE
+            zi = load_centered(
+                z_ptr, mean_ptr, offs_i, offs_k, batch, dim, stride_z_b, stride_z_d, Center, TYPE
             )
-            zj = load_centred(
-                z_ptr, mean_ptr, offs_j, offs_k, batch, dim, stride_z_b, stride_z_d, CENTRE, TYPE
+            zj = load_centered(
+                z_ptr, mean_ptr, offs_j, offs_k, batch, dim, stride_z_b, stride_z_d, Center, TYPE
             )
         else:
-            zi = load_centred(
-                z_ptr, mean_ptr, offs_k, offs_i, batch, dim, stride_z_b, stride_z_d, CENTRE, TYPE
+            zi = load_centered(
+                z_ptr, mean_ptr, offs_k, offs_i, batch, dim, stride_z_b, stride_z_d, Center, TYPE
             )
-            zj = load_centred(
-                z_ptr, mean_ptr, offs_k, offs_j, batch, dim, stride_z_b, stride_z_d, CENTRE, TYPE
+            zj = load_centered(
+                z_ptr, mean_ptr, offs_k, offs_j, batch, dim, stride_z_b, stride_z_d, Center, TYPE
             )
         acc = tl.dot(zi, tl.trans(zj), acc, input_precision=PRECISION)
     acc *= scale
@@ -167,7 +167,7 @@ def _gram_merge_kernel(
 @triton.jit
 def gram_times(
     gram_ptr, z_ptr, mean_ptr, pid_p, offs_b, offs_d, batch, dim, stride_z_b, stride_z_d,
-    CENTRE: tl.constexpr, ON_BATCH: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    Center: tl.constexpr, ON_BATCH: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tile (offs_b [BLOCK_B, 1], offs_d [1, BLOCK_D]) of gram z, or of z gram where D < B."""
@@ -179,8 +179,8 @@ def gram_times(
             row_k = (k + tl.arange(0, BLOCK_K))[:, None]
             mask = (offs_b < batch) & (col_k < batch)
             gram = tl.load(gram_ptr + offs_b.to(tl.int64) * batch + col_k, mask=mask, other=0.0)
-            z = load_centred(
-                z_ptr, mean_ptr, row_k, offs_d, batch, dim, stride_z_b, stride_z_d, CENTRE, TYPE
+            z = load_centered(
+                z_ptr, mean_ptr, row_k, offs_d, batch, dim, stride_z_b, stride_z_d, Center, TYPE
             )
             acc = tl.dot(gram.to(TYPE), z, acc, input_precision=PRECISION)
     else:
@@ -190,8 +190,8 @@ def gram_times(
             row_k = (k + tl.arange(0, BLOCK_K))[:, None]
             mask = (row_k < dim) & (offs_d < dim)
             gram = tl.load(gram_ptr + row_k.to(tl.int64) * dim + offs_d, mask=mask, other=0.0)
-            z = load_centred(
-                z_ptr, mean_ptr, offs_b, col_k, batch, dim, stride_z_b, stride_z_d, CENTRE, TYPE
+            z = load_centered(
+                z_ptr, mean_ptr, offs_b, col_k, batch, dim, stride_z_b, stride_z_d, Center, TYPE
             )
             acc = tl.dot(z, gram.to(TYPE), acc, input_precision=PRECISION)
     return acc
@@ -261,7 +261,7 @@ def gram_fwd(
         scale=scale,
         depth_per_split=depth_per_split,
         ON_BATCH=on_batch(z),
-        CENTRE=mean is not None,
+        Center=mean is not None,
         IS_SPLIT=splits > 1,
         TYPE=triton_type(z.dtype),
         PRECISION=dot_precision(z.dtype),

@@ -158,7 +158,7 @@ def split_channels(rows, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     return r.to(tl.float32), g.to(tl.float32), b.to(tl.float32)
 
 
-# ---------------------------------------------------------------------------------------- colour
+# ---------------------------------------------------------------------------------------- color
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _truncate(x):
 
 
 @triton.jit
-def _grey(r, g, b):
+def _gray(r, g, b):
     return tl.fma(b, 0.114, tl.fma(g, 0.587, r * 0.2989)).to(tl.int32).to(tl.float32)
 
 
@@ -245,8 +245,8 @@ def _stage(order, step):
 
 
 @triton.jit
-def mean_grey(grey_sum, num_pixels):
-    return tl.div_rn(grey_sum.to(tl.float32), tl.full((), 1.0, tl.float32) * num_pixels)
+def mean_gray(gray_sum, num_pixels):
+    return tl.div_rn(gray_sum.to(tl.float32), tl.full((), 1.0, tl.float32) * num_pixels)
 
 
 @triton.jit
@@ -254,9 +254,9 @@ def jitter(
     r, g, b, mask, num_pixels, mean, row_ptr,
     MEAN_KNOWN: tl.constexpr, ONLY_MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Colour jitter in the drawn order: (r, g, b, sum of greys before contrast).
+    """Color jitter in the drawn order: (r, g, b, sum of grays before contrast).
 
-    The mean grey that contrast blends with is that of the whole patch: taken here, or given
+    The mean gray that contrast blends with is that of the whole patch: taken here, or given
     (MEAN_KNOWN) from the sums over all tiles of an earlier call that went only so far (ONLY_MEAN).
     """
     order = tl.load(row_ptr + 9).to(tl.int32)
@@ -264,7 +264,7 @@ def jitter(
     factor_c = tl.load(row_ptr + 6)
     factor_s = tl.load(row_ptr + 7)
     shift = tl.load(row_ptr + 8)
-    grey_sum = tl.full((), 0, tl.int32)
+    gray_sum = tl.full((), 0, tl.int32)
     going = order >= 0
     for step in range(4):
         stage = _stage(order, step)
@@ -274,31 +274,31 @@ def jitter(
             b = _truncate(b * factor_b)
         if going & (stage == 1) & (factor_c != 1.0):
             if not MEAN_KNOWN:
-                greys = tl.where(mask, _grey(r, g, b), 0.0).to(tl.int32)
-                grey_sum = tl.sum(greys)
+                grays = tl.where(mask, _gray(r, g, b), 0.0).to(tl.int32)
+                gray_sum = tl.sum(grays)
             if not ONLY_MEAN:
                 level = mean
                 if not MEAN_KNOWN:
-                    level = mean_grey(grey_sum, num_pixels)
+                    level = mean_gray(gray_sum, num_pixels)
                 r = _blend(r, level, factor_c)
                 g = _blend(g, level, factor_c)
                 b = _blend(b, level, factor_c)
         if going & (stage == 2) & (factor_s != 1.0):
-            grey = _grey(r, g, b)
-            r = _blend(r, grey, factor_s)
-            g = _blend(g, grey, factor_s)
-            b = _blend(b, grey, factor_s)
+            gray = _gray(r, g, b)
+            r = _blend(r, gray, factor_s)
+            g = _blend(g, gray, factor_s)
+            b = _blend(b, gray, factor_s)
         if going & (stage == 3) & (shift != 0.0):
             r, g, b = _shift_hue(r, g, b, shift)
         if ONLY_MEAN:
             going = going & (stage != 1)
-    return r, g, b, grey_sum
+    return r, g, b, gray_sum
 
 
 @triton.jit
 def grayscale(r, g, b, row_ptr):
     if tl.load(row_ptr + 10) != 0.0:
-        r = _grey(r, g, b)
+        r = _gray(r, g, b)
         g = r
         b = r
     return r, g, b
@@ -378,7 +378,7 @@ def round_half_even(x):
 
 @triton.jit
 def solarize_and_store(r, g, b, row_ptr, scale_ptr, pixel_ptr, mask, NORMALIZE: tl.constexpr):
-    """Inverts what reaches the threshold, normalises, stores three neighbours per pixel."""
+    """Inverts what reaches the threshold, normalizes, stores three neighbors per pixel."""
     threshold = tl.load(row_ptr + 12)
     r = tl.where(r >= threshold, 255.0 - r, r)
     g = tl.where(g >= threshold, 255.0 - g, g)

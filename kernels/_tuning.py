@@ -75,7 +75,7 @@ def grad_tile(is_float32: bool) -> Tile:
 
 
 def row_strip(rows: int, cols: int, programs: int) -> Strip:
-    """Strip for an elementwise pass: rows as wide as 16-byte loads of neighbouring threads reach.
+    """Strip for an elementwise pass: rows as wide as 16-byte loads of neighboring threads reach.
 
     A program goes down several strips, so that the columns' parameters (four to six floats each)
     are loaded once per 128 rows: under 7% of the bytes of 16-bit input.

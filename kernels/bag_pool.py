@@ -300,7 +300,7 @@ def bag_pool(
 
     Args:
         x: Embeddings [P, B, D] in float32, bfloat16 or float16, any strides, D <= 16384.
-        normalize: Return the L2-normalised mean instead of the mean.
+        normalize: Return the L2-normalized mean instead of the mean.
         deviation: Also return the mean squared deviation from the mean.
         cosine: Also return the mean cosine of the patches to their mean.
 

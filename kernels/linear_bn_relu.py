@@ -11,7 +11,7 @@ where the library has its best kernels and the arithmetic takes tens of times as
 read of y: by its peaks an H100 needs 0.56 ms for a product of N = 4096, F = M = 8192 in bfloat16
 and 20 us to read y. Statistics in the epilogue of a product of our own would pay only within 4% of
 the library's speed. What surrounds the products is fused:
-    forward   statistics (y read once), their merge, normalise + ReLU (y read, out written once)
+    forward   statistics (y read once), their merge, normalize + ReLU (y read, out written once)
     backward  dgamma and dbeta (y and dout read once), dy (both read once, dy written once)
 
 Saved: x, W, y, mean, rstd; y_hat and the ReLU's mask are made again from y. Statistics are merged
@@ -35,7 +35,7 @@ MERGE_COLS = 64  # columns per program that merges statistics
 @triton.jit
 def _stats_fwd_kernel(
     y_ptr,  # [N, M]
-    stats_ptr,  # [strips, 3, M]: count, mean, centred squares
+    stats_ptr,  # [strips, 3, M]: count, mean, centered squares
     rows,
     cols,
     stride_y_n,
@@ -54,8 +54,8 @@ def _stats_fwd_kernel(
     y = tl.load(y_ptr + offs_n[:, None] * stride_y_n + offs_m[None, :], mask=mask, other=0.0)
     y = y.to(tl.float32)  # [BLOCK_N, BLOCK_M]
     mean = tl.sum(y, axis=0) / count
-    centred = tl.where(mask, y - mean[None, :], 0.0)
-    square = tl.sum(centred * centred, axis=0)
+    centered = tl.where(mask, y - mean[None, :], 0.0)
+    square = tl.sum(centered * centered, axis=0)
 
     stats_ptr += pid_n.to(tl.int64) * 3 * cols + offs_m
     tl.store(stats_ptr, tl.zeros((BLOCK_M,), tl.float32) + count, mask=mask_m)
@@ -65,7 +65,7 @@ def _stats_fwd_kernel(
 
 @triton.jit
 def _stats_merge_kernel(
-    parts_ptr,  # [parts, 3, M]: count, mean, centred squares
+    parts_ptr,  # [parts, 3, M]: count, mean, centered squares
     stats_ptr,  # [3, M]
     num_parts,
     cols,
@@ -226,7 +226,7 @@ def _normalize_bwd_kernel(
 
 
 def batch_stats_fwd(y: torch.Tensor) -> torch.Tensor:
-    """[3, M] float32 of y [N, M]: count, mean and sum of centred squares of each column."""
+    """[3, M] float32 of y [N, M]: count, mean and sum of centered squares of each column."""
     rows, cols = y.shape
     stats = y.new_zeros((3, cols), dtype=torch.float32)
     if y.numel() == 0:
@@ -467,7 +467,7 @@ def linear_bn_relu(
         x: [..., F] in float32, bfloat16 or float16; all leading dimensions are the batch.
         weight: [M, F], brought to x's dtype. gamma, beta: [M].
         running_mean, running_var: [M]; moved in place when training, where they may be None.
-        training: Normalise by the batch's statistics rather than by the running ones.
+        training: Normalize by the batch's statistics rather than by the running ones.
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance.
         relu: Apply ReLU to the result.

@@ -6,7 +6,7 @@
 images uint8 [B, H, W, C], W [M, C, h, w], positions [P, 2] or [P, B, 2] -> y [P, B, M], W's dtype.
 
 A product [P B, h w C] x [h w C, M] whose left side is gathered from the images as it is multiplied:
-no patch exists in memory. Normalisation is folded into the weights, around 128 so that little
+no patch exists in memory. Normalization is folded into the weights, around 128 so that little
 cancels:
 
     y = sum_k (pixel_k - 128) V_k + v
@@ -39,7 +39,7 @@ from ._common import (
 )
 from ._tuning import embed_grad_split, embed_grad_tile, embed_tile
 
-CENTRE = 128.0
+Center = 128.0
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _patch_embed_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Feature blocks vary fastest: neighbours read the same pixels, which then come from the cache.
+    # Feature blocks vary fastest: neighbors read the same pixels, which then come from the cache.
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
 
@@ -114,8 +114,8 @@ def _patch_embed_fwd_kernel(
             mask=mask_k[:, None] & mask_m[None, :],
             other=0.0,
         )
-        centred = (pixels.to(tl.float32) - 128.0).to(weight.dtype)
-        acc = tl.dot(centred, weight, acc, input_precision=PRECISION)
+        centered = (pixels.to(tl.float32) - 128.0).to(weight.dtype)
+        acc = tl.dot(centered, weight, acc, input_precision=PRECISION)
 
     acc += tl.load(bias_ptr + offs_m, mask=mask_m, other=0.0)[None, :]
     if RELU:
@@ -185,8 +185,8 @@ def _patch_embed_bwd_kernel(
             mask=mask_n[:, None] & mask_k[None, :],
             other=0,
         )
-        centred = (pixels.to(tl.float32) - 128.0).to(dout.dtype)  # [BLOCK_N, BLOCK_K]
-        dweight = tl.dot(tl.trans(dout), centred, dweight, input_precision=PRECISION)
+        centered = (pixels.to(tl.float32) - 128.0).to(dout.dtype)  # [BLOCK_N, BLOCK_K]
+        dweight = tl.dot(tl.trans(dout), centered, dweight, input_precision=PRECISION)
         dbias += tl.sum(dout.to(tl.float32), axis=0)
 
     split = pid_s.to(tl.int64) * out_dim
@@ -403,7 +403,7 @@ def patch_embed(
     # constants are filled in on the device: a copy would wait for it, and end a CUDA graph.
     wide = weight.float().contiguous()
     scale = torch.cat([wide.new_full((1, 1, 1, 1), 1 / (255 * s)) for s in std], dim=1)
-    shift = [(CENTRE / 255 - m) / s for m, s in zip(mean, std, strict=True)]
+    shift = [(Center / 255 - m) / s for m, s in zip(mean, std, strict=True)]
     shifts = torch.cat([wide.new_full((1,), value) for value in shift])
     folded = (wide * scale).permute(2, 3, 1, 0).reshape(-1, out_dim).to(weight.dtype).contiguous()
     offset = (wide.sum(dim=(2, 3)) * shifts).sum(dim=1)  # no matmul, which autocast would round

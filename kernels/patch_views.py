@@ -1,11 +1,11 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""patch_views: the augmented, normalised patches of a batch of uint8 images, in one pass.
+"""patch_views: the augmented, normalized patches of a batch of uint8 images, in one pass.
 
-    crop + antialiased resize, flip, colour jitter, grayscale, Gaussian blur, solarize, normalise
+    crop + antialiased resize, flip, color jitter, grayscale, Gaussian blur, solarize, normalize
 
 images uint8, any sizes (one byte buffer with offset, height and width per image), params float32
 [P, B, 16] (a row per patch) -> [P, B, 3, h, w] in channels-last memory, float32, bfloat16, float16
-or uint8 (not normalised). Pixels are torchvision's on uint8 tensors, rounded after every stage.
+or uint8 (not normalized). Pixels are torchvision's on uint8 tensors, rounded after every stage.
 
 A resize is two products with banded weight matrices, one per axis, made where they are used from
 the crop's size, in float64, as torch's fixed-point weights. Pixels are exact in float16 and so are
@@ -45,7 +45,7 @@ from ._patch_ops import (
     blur_tile,
     grayscale,
     jitter,
-    mean_grey,
+    mean_gray,
     resize_tile,
     round_half_even,
     solarize_and_store,
@@ -86,7 +86,7 @@ def _small_views_kernel(
     heights_ptr,  # [B]
     widths_ptr,  # [B]
     params_ptr,  # [P, B, 16]
-    scale_ptr,  # [2, 3]: value * scale + offset normalises
+    scale_ptr,  # [2, 3]: value * scale + offset normalizes
     out_ptr,  # [P, B, h, w, 3]
     batch,
     out_h,
@@ -153,7 +153,7 @@ def _large_views_kernel(
     heights_ptr,  # [B]
     widths_ptr,  # [B]
     params_ptr,  # [P, B, 16]
-    scale_ptr,  # [2, 3]: value * scale + offset normalises
+    scale_ptr,  # [2, 3]: value * scale + offset normalizes
     out_ptr,  # [P, B, h, w, 3]
     scratch_ptr,  # [programs, 3, h, w] uint8
     num_patches,
@@ -193,7 +193,7 @@ def _large_views_kernel(
         precision_j = axis_precision(crop_w, out_w, full_j, BICUBIC)
 
         # Resize, tile by tile: to the end at once, or into the scratch.
-        grey_sum = tl.full((), 0, tl.int32)
+        gray_sum = tl.full((), 0, tl.int32)
         for tile in range(num_tiles):
             offs_i = tile // tiles_w * TILE_H + tl.arange(0, TILE_H)
             offs_j = tile % tiles_w * TILE_W + tl.arange(0, TILE_W)
@@ -212,7 +212,7 @@ def _large_views_kernel(
                 tl.store(scratch_ptr + plane + offs, g.to(tl.uint8), mask=mask)
                 tl.store(scratch_ptr + 2 * plane + offs, b.to(tl.uint8), mask=mask)
                 if contrasts:
-                    grey_sum += jitter(r, g, b, mask, plane, 0.0, row_ptr, False, True)[3]
+                    gray_sum += jitter(r, g, b, mask, plane, 0.0, row_ptr, False, True)[3]
             else:
                 r, g, b, _ = jitter(r, g, b, mask, plane, 0.0, row_ptr, True, False)
                 r, g, b = grayscale(r, g, b, row_ptr)
@@ -221,7 +221,7 @@ def _large_views_kernel(
 
         if keeps:
             tl.debug_barrier()  # the scratch is written by all threads before any reads it
-            mean = mean_grey(grey_sum, plane)
+            mean = mean_gray(gray_sum, plane)
             for tile in range(num_tiles):
                 offs_i = tile // tiles_w * TILE_H + tl.arange(0, TILE_H)
                 offs_j = tile % tiles_w * TILE_W + tl.arange(0, TILE_W)
@@ -265,7 +265,7 @@ def _large_views_kernel(
 
 
 @lru_cache
-def _normalisation(
+def _normalization(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> torch.Tensor:
     """[2, 3]: value * scale + offset, kept on the device.
@@ -301,7 +301,7 @@ def patch_views_fwd(
         "heights_ptr": heights,
         "widths_ptr": widths,
         "params_ptr": params,
-        "scale_ptr": _normalisation(tuple(mean), tuple(std), data.device),
+        "scale_ptr": _normalization(tuple(mean), tuple(std), data.device),
         "out_ptr": out,
         "batch": batch,
         "out_h": size[0],
@@ -393,13 +393,13 @@ def _check_params(
     known &= (order < 0) | factors
     blurs = params[..., 11]
     known &= (blurs >= 0) & blurs.isfinite() & (params[..., 12] >= 0)
-    for valid, wanted in (
+    for valid, needed in (
         (fits, "whole boxes inside the image"),
         (known, "jitter, blur, solarize"),
     ):
         if not bool(valid.all()):
             p, b = (~valid).nonzero()[0].tolist()
-            raise refuse(op, f"params[{p}, {b}] = {params[p, b].tolist()}", f"{wanted} in range")
+            raise refuse(op, f"params[{p}, {b}] = {params[p, b].tolist()}", f"{needed} in range")
     if pad >= min(size) and bool((blurs > 0).any()):
         raise refuse(op, f"a blur kernel of {2 * pad + 1} on patches {list(size)}", "smaller ones")
 
@@ -415,7 +415,7 @@ def patch_views(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Cuts, augments and normalises the patches of a batch.
+    """Cuts, augments and normalizes the patches of a batch.
 
     Args:
         images: uint8 [B, H, W, 3], B tensors [H, W, 3] of any sizes, or `RaggedImages`.
@@ -427,7 +427,7 @@ def patch_views(
         interpolation: "bilinear" or "bicubic", both antialiased.
         blur_kernel: Odd size of the blur's kernel; 0 for about a tenth of the patch.
         mean, std: Per channel, of pixels in 0..1.
-        dtype: torch.float32, bfloat16 or float16 (normalised), or uint8 (not normalised).
+        dtype: torch.float32, bfloat16 or float16 (normalized), or uint8 (not normalized).
 
     Returns:
         [P, B, 3, h, w], channels last in memory. Not differentiable.

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""tcr: the total coding rate of each slot, EMP-SSL's regulariser (arXiv 2304.03977).
+"""tcr: the total coding rate of each slot, EMP-SSL's regularizer (arXiv 2304.03977).
 
     R(Z) = 1/2 logdet(I + a Z^T Z) = 1/2 logdet(I + a Z Z^T),   a = D / (B eps),  Z = z[p]
 
@@ -52,7 +52,7 @@ def _tcr_bwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Row blocks vary fastest: neighbours share the columns of z, which then come from the cache.
+    # Row blocks vary fastest: neighbors share the columns of z, which then come from the cache.
     pid_b = tl.program_id(0)
     pid_d = tl.program_id(1)
     pid_p = tl.program_id(2).to(tl.int64)

@@ -10,7 +10,7 @@ z [P, B, D] float32, bfloat16 or float16; three float32 scalars.
     sum_ij C_ij^2 = |Zc^T Zc|^2 / (B-1)^2 = |Zc Zc^T|^2 / (B-1)^2
 
 so the Gram is taken on the shorter side, R = min(B, D), only the upper triangle of its tiles is
-computed, and the mean is subtracted as z is loaded: no centred copy. The diagonal's part, sum_i
+computed, and the mean is subtracted as z is loaded: no centered copy. The diagonal's part, sum_i
 Var_i^2, is known from the statistics. Backward is one more product with the gradients of all terms
 in its epilogue:
 
@@ -58,7 +58,7 @@ MERGE_COLS = 64  # columns per program that merges statistics
 def _stats_fwd_kernel(
     z_ptr,  # [P, B, D]
     mean_partial_ptr,  # [P, strips, D]
-    square_partial_ptr,  # [P, strips, D], centred on the strip's own mean
+    square_partial_ptr,  # [P, strips, D], centered on the strip's own mean
     z_mean_ptr,  # [B, D]
     spread_partial_ptr,  # [programs], sum of (z_p - z_mean)^2
     num_slots,
@@ -92,9 +92,11 @@ def _stats_fwd_kernel(
         z_mean += delta / (p + 1)
         spread += delta * (z - z_mean)
         mean = tl.sum(z, axis=0) / count
-        centred = tl.where(mask, z - mean[None, :], 0.0)
+        centered = tl.where(mask, z - mean[None, :], 0.0)
         tl.store(mean_partial_ptr + partial_offs, mean, mask=mask_d)
-        tl.store(square_partial_ptr + partial_offs, tl.sum(centred * centred, axis=0), mask=mask_d)
+        tl.store(
+            square_partial_ptr + partial_offs, tl.sum(centered * centered, axis=0), mask=mask_d
+        )
         partial_offs += num_strips.to(tl.int64) * dim
 
     if STORE_Z_MEAN:
@@ -206,7 +208,7 @@ def _vicreg_bwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Row blocks vary fastest: neighbours share the columns of z, which then come from the cache.
+    # Row blocks vary fastest: neighbors share the columns of z, which then come from the cache.
     pid_b = tl.program_id(0)
     pid_d = tl.program_id(1)
     pid_p = tl.program_id(2).to(tl.int64)
@@ -230,13 +232,13 @@ def _vicreg_bwd_kernel(
     row_offs = offs_b.to(tl.int64) * dim + offs_d
     z_mean = tl.load(z_mean_ptr + row_offs, mask=mask, other=0.0)
     var = tl.load(var_ptr + pid_p * dim + offs_d, mask=mask_d, other=1.0)
-    centred = z - tl.load(mean_ptr + offs_d, mask=mask_d, other=0.0)
+    centered = z - tl.load(mean_ptr + offs_d, mask=mask_d, other=0.0)
     if ON_BATCH:
-        acc -= var * centred
+        acc -= var * centered
     std = tl.sqrt(var + eps)
     dvariance = tl.load(dterms_ptr + 1) * variance_scale
     dz = tl.load(dterms_ptr + 2) * covariance_scale * acc
-    dz -= tl.where(std < gamma, dvariance / std, 0.0) * centred
+    dz -= tl.where(std < gamma, dvariance / std, 0.0) * centered
     dz += tl.load(dterms_ptr) * invariance_scale * (z - z_mean)
     dz_offs = pid_p * batch * dim + row_offs
     tl.store(dz_ptr + dz_offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)

@@ -75,7 +75,7 @@ struct Setup {
       memory.emplace_back(kPatches * kBatchSize * kPatchBytes);
       slots.push_back(memory.back().data());
     }
-    // What is not a JPEG gets a grey picture: the callback's path, from every thread.
+    // What is not a JPEG gets a gray picture: the callback's path, from every thread.
     const auto fallback = [](const uint8_t*, size_t, int64_t) {
       bagssl::DecodedImage image;
       image.height = image.width = 40;

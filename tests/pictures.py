@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def waves(height: int = 24, width: int = 32, seed: int = 0) -> np.ndarray:
-    """Smooth colours with some noise, as photographs have; uint8 [H, W, 3]."""
+    """Smooth colors with some noise, as photographs have; uint8 [H, W, 3]."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     smooth = np.stack([np.sin(y / (5 + c) + seed) + np.cos(x / (7 - c)) for c in range(3)], -1)
@@ -23,7 +23,7 @@ def noise(count: int = 24, height: int = 20, width: int = 26) -> np.ndarray:
 
 
 def jpeg(pixels: np.ndarray, **options) -> bytes:
-    """A file of grey [H, W], RGB [H, W, 3] or CMYK [H, W, 4] pixels."""
+    """A file of gray [H, W], RGB [H, W, 3] or CMYK [H, W, 4] pixels."""
     image = Image.fromarray(pixels)
     if image.mode == "RGBA":
         image = Image.frombytes("CMYK", image.size, pixels.tobytes())

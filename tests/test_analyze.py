@@ -11,12 +11,13 @@ import torch
 
 from bagssl_fast import cli
 from bagssl_fast.analyze import aggregation, bags, epochs, mean
-from bagssl_fast.analyze.__main__ import describe, examine, main, make_context, make_parser, studies
+from bagssl_fast.analyze.__main__ import main, make_parser
+from bagssl_fast.analyze.analysis import describe, examine, make_context, studies
 from bagssl_fast.analyze.models import DONE, Context, Stopped
 from bagssl_fast.analyze.study import Figure, Result, Study, Table
 from bagssl_fast.analyze.verdict import Difference, all_of, difference, paired, percent
-from bagssl_fast.features import CENTER, embed_patches, extract
-from bagssl_fast.train import Meter
+from bagssl_fast.evaluation.features import CENTER, embed_patches, extract
+from bagssl_fast.training.meter import Meter
 
 RECIPE = """
 max_steps: 4
@@ -34,15 +35,15 @@ eval: {max_train_images: 96, max_test_images: 64}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe, and 32-pixel images of four colours with noise, as train and test arrays."""
+    """A recipe, and 32-pixel images of four colors with noise, as train and test arrays."""
     folder = tmp_path_factory.mktemp("analyze")
     (folder / "tiny.yaml").write_text(RECIPE)
     generator = np.random.default_rng(0)
-    colours = generator.integers(60, 200, (4, 3))
+    colors = generator.integers(60, 200, (4, 3))
     for split, count in (("train", 128), ("test", 64)):
         labels = np.arange(count) % 4
         noise = generator.integers(-50, 50, (count, 32, 32, 3))
-        pixels = np.clip(colours[labels][:, None, None] + noise, 0, 255).astype(np.uint8)
+        pixels = np.clip(colors[labels][:, None, None] + noise, 0, 255).astype(np.uint8)
         np.savez(folder / f"{split}.npz", images=pixels, labels=labels)
     return folder
 
@@ -271,10 +272,10 @@ def test_mean_of_patches_meets_a_whole_that_is_their_mean(folder, tmp_path, monk
     config = c.config(side=0.5)
     curves = mean.curves(c, c.random_model(config), config, seed=0)
     assert curves["own"].shape == (7, 40)
-    torch.testing.assert_close(curves["centred"][-1], torch.ones(40))
+    torch.testing.assert_close(curves["centered"][-1], torch.ones(40))
     assert curves["found"][-1].mean() == 1
-    assert curves["centred"][0].mean() < 0.5
-    assert curves["centred other"][-1].abs().mean() < 0.5
+    assert curves["centered"][0].mean() < 0.5
+    assert curves["centered other"][-1].abs().mean() < 0.5
 
 
 class TestCommand:

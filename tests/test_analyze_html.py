@@ -157,8 +157,8 @@ def test_what_a_number_is(cell, expected):
 
 
 def test_durations_are_for_people():
-    wanted = {8.4: "8 s", 89: "89 s", 150: "2 min", 3599: "1 h 00 min", 3725: "1 h 02 min"}
-    assert {seconds: html.duration(seconds) for seconds in wanted} == wanted
+    needed = {8.4: "8 s", 89: "89 s", 150: "2 min", 3599: "1 h 00 min", 3725: "1 h 02 min"}
+    assert {seconds: html.duration(seconds) for seconds in needed} == needed
 
 
 def test_a_page_without_facts_or_results_is_a_page(out):

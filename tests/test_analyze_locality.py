@@ -36,7 +36,7 @@ def patches() -> lo.Patches:
 def test_a_space_of_places(patches):
     measured = lo.measure(patches, "place").means()
     assert measured["position"] == 1.0
-    assert measured["neighbour_position"] == pytest.approx(1.0, abs=0.01)
+    assert measured["neighbor_position"] == pytest.approx(1.0, abs=0.01)
     assert measured["nearer"] < 0.6  # corners of one image stand at different places
 
 
@@ -50,7 +50,7 @@ def test_a_space_of_images(patches):
 def test_a_space_of_nothing_is_at_chance(patches):
     measured, chance = lo.measure(patches, "nothing").means(), lo.chance(IMAGES)
     assert measured["position"] == pytest.approx(chance["position"], abs=0.07)
-    assert measured["neighbour_position"] == pytest.approx(chance["neighbour_position"], abs=0.03)
+    assert measured["neighbor_position"] == pytest.approx(chance["neighbor_position"], abs=0.03)
     assert measured["nearer"] == pytest.approx(0.5, abs=0.06)
     assert measured["nearest"] < 0.1
 
@@ -73,9 +73,9 @@ def test_source_image_is_what_loops_say(patches):
     assert nearest.tolist() == firsts
 
 
-def test_neighbours_are_of_other_images_nearest_first(patches):
+def test_neighbors_are_of_other_images_nearest_first(patches):
     x, queries = patches.features["image"], torch.tensor([0, 17, 100])
-    found = lo.neighbours(x, patches.image, queries, 5)
+    found = lo.neighbors(x, patches.image, queries, 5)
     assert (patches.image[found] != patches.image[queries][:, None]).all()
     rows = lo.directions(x)
     cosine = (rows[queries][:, None] * rows[found]).sum(dim=2)

@@ -44,7 +44,7 @@ BAD = {
 }
 GOOD = {
     "cmyk": lambda: jpeg(np.full((20, 26, 4), 90, np.uint8)),
-    "grey": lambda: jpeg(noise(1)[0, ..., 0]),
+    "gray": lambda: jpeg(noise(1)[0, ..., 0]),
     "exif_rotated": lambda: exif_rotated(noise(1)[0]),
     "1x1": lambda: jpeg(np.full((1, 1, 3), 200, np.uint8)),
     "1xN": lambda: jpeg(np.full((1, 300, 3), 200, np.uint8)),

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bagssl_fast import checkpoint
 from bagssl_fast.augment import Augment
-from bagssl_fast.bag_encoder import BagEncoder
 from bagssl_fast.config import BagConfig, Config, EncoderConfig, HeadConfig
 from bagssl_fast.data import ImageError, open_source
-from bagssl_fast.features import CENTER, Plan, extract
-from bagssl_fast.model import build_model
+from bagssl_fast.evaluation.features import CENTER, Plan, extract
+from bagssl_fast.inference.bag_encoder import BagEncoder
+from bagssl_fast.models import saved
+from bagssl_fast.models.bag_model import build_model
 
 HEAD = HeadConfig(hidden=12, out=10, num_layers=2)
 CONFIGS = {
@@ -42,7 +42,7 @@ def save(folder, config):
         if isinstance(getattr(module, "running_mean", None), torch.Tensor):
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
-    checkpoint.export(folder, model.state_dict(), checkpoint.describe(config, model, 7))
+    saved.export(folder, model.state_dict(), saved.describe(config, model, 7))
     return folder
 
 
@@ -69,7 +69,7 @@ RAGGED = pictures((30, 41), (52, 33), (8, 9), (64, 64), (26, 26))
 @pytest.mark.parametrize("patches", [9, "center"])
 def test_has_the_numbers_of_the_evaluation(run, patches, layer):
     images = np.stack(pictures(*[(30, 41)] * 5))
-    model, config, step = checkpoint.load_exported(run)
+    model, config, step = saved.load_exported(run)
     count = CENTER if patches == "center" else patches
     plan = Plan((count,), count, batch_size=3, device=torch.device("cpu"))
     features, _ = extract(model, config, open_source(images), plan)
@@ -107,8 +107,8 @@ def test_takes_images_in_every_form(runs, tmp_path):
     batch = np.stack(pictures(*[(20, 21)] * 4))  # [3, H, W] would be one image
     chw = torch.from_numpy(batch).permute(0, 3, 1, 2)
     torch.testing.assert_close(encoder(chw), encoder(batch))
-    grey = batch[..., 0]
-    torch.testing.assert_close(encoder(grey), encoder(np.repeat(grey[..., None], 3, 3)))
+    gray = batch[..., 0]
+    torch.testing.assert_close(encoder(gray), encoder(np.repeat(gray[..., None], 3, 3)))
     assert encoder([]).shape == (0, encoder.dim)
 
 
@@ -183,8 +183,8 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"format": 1}, r"format 1, wanted 2.*bagssl_fast\.export RUN"),
-            ({"format": 3}, "format 3, wanted 2"),
+            ({"format": 1}, r"format 1, expected 2.*bagssl_fast\.export RUN"),
+            ({"format": 3}, "format 3, expected 2"),
             ({"crop": None}, "do not make a model"),
             ({"encoder": {"name": "patchnet", "patch_size": 8, "width": 5}}, "do not make a model"),
         ],
@@ -196,10 +196,10 @@ class TestRefuses:
         with pytest.raises(ValueError, match=words):
             BagEncoder.from_run(folder)
 
-    def test_a_config_that_is_no_json(self, tmp_path):
+    def test_a_config_that_is_not_valid_json(self, tmp_path):
         folder = save(tmp_path / "run", CONFIGS["dense"])
         (folder / "config.json").write_text("{")
-        with pytest.raises(ValueError, match="no json"):
+        with pytest.raises(ValueError, match="not valid JSON"):
             BagEncoder.from_run(folder)
 
 
@@ -207,7 +207,7 @@ class TestScikitLearn:
     @pytest.fixture
     def features(self, runs):
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-        from bagssl_fast.bag_features import BagFeatures
+        from bagssl_fast.inference.sklearn import BagFeatures
 
         return BagFeatures(runs["dense"], patches=4, device="cpu")
 
@@ -250,7 +250,7 @@ class TestScikitLearn:
 
     def test_fit_fails_early(self, tmp_path):
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-        from bagssl_fast.bag_features import BagFeatures
+        from bagssl_fast.inference.sklearn import BagFeatures
 
         with pytest.raises(FileNotFoundError, match="nowhere"):
             BagFeatures(tmp_path / "nowhere").fit([])

@@ -7,7 +7,7 @@ from tolerances import assert_matches
 from torch import Tensor
 
 from bagssl_fast import ops
-from bagssl_fast.reference.bag_pool import bag_pool as reference
+from bagssl_fast.ops.reference.bag_pool import bag_pool as reference
 
 IMPLS = ("reference", "cpu")
 
@@ -104,7 +104,7 @@ def test_no_images_give_empty_results(impl):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(4, 5), r"x is \[4, 5\], wanted \[P, B, D\]"),
+        (torch.zeros(4, 5), r"x is \[4, 5\], expected \[P, B, D\]"),
         (torch.zeros(2, 4, 5, dtype=torch.uint8), "torch.uint8, supported are float64"),
         (torch.zeros(0, 4, 5), "at least one patch"),
         (torch.zeros(2, 4, 0), "one feature"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bagssl_fast.config import Config, HeadConfig, LossConfig, check
 from bagssl_fast.losses import BYOL
-from bagssl_fast.model import MomentumModel, build_model
+from bagssl_fast.models.bag_model import MomentumModel, build_model
 
 
 def bag(*shape: int) -> Tensor:

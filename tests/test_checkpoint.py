@@ -6,7 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from bagssl_fast import checkpoint
+from bagssl_fast.files import write_atomic
+from bagssl_fast.models import saved
+from bagssl_fast.training import checkpoint
 
 
 def state(step):
@@ -32,7 +34,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, 2, state(2), keep=1)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomic(tmp_path / "config.json", b"half")
+        write_atomic(tmp_path / "config.json", b"half")
     assert checkpoint.load(checkpoint.latest(tmp_path))["step"] == 1
     assert not (tmp_path / "config.json").exists()
 
@@ -83,7 +85,7 @@ def test_a_changed_configuration_is_told_key_by_key():
 
 def test_export(tmp_path):
     weights = {"w": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
-    checkpoint.export(tmp_path, weights, {"step": 3})
+    saved.export(tmp_path, weights, {"step": 3})
     back = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert back["w"].equal(weights["w"])
     assert (tmp_path / "config.json").read_text() == '{\n  "step": 3\n}\n'

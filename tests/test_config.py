@@ -81,7 +81,7 @@ class TestParse:
         assert stop.value.code == 0
         assert yaml.safe_load(capsys.readouterr().out)["epochs"] == 77
 
-    def test_unknown_flag_names_its_neighbour(self, capsys):
+    def test_unknown_flag_names_its_neighbor(self, capsys):
         text = refused(capsys, "--optim.lrr", "3")
         assert "optim.lrr" in text and "did you mean optim.lr?" in text
 
@@ -173,7 +173,7 @@ class TestCheck:
         ],
         ids=str,
     )
-    def test_refuses_with_the_way_out(self, change, words):
+    def test_refuses_with_the_how_to_fix(self, change, words):
         with pytest.raises(ValueError, match=words):
             check(replace(Config(), **change))
 

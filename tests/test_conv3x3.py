@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from bagssl_fast import ops
 from bagssl_fast._extension import _C
-from bagssl_fast.cpu import conv3x3 as cell
-from bagssl_fast.encoders import Conv3x3, build_encoder, fast_convolutions
+from bagssl_fast.models.encoders import Conv3x3, build_encoder, fast_convolutions
+from bagssl_fast.ops.cpu import conv3x3 as cell
 
 # N, C, K, H, W: tiles are 4x4, panels 16 channels, pieces of sums 128 steps, chunks of 10 MiB.
 SHAPES = [
@@ -180,9 +180,9 @@ def test_registration_and_compilation():
 
 def test_refusals():
     x, weight = torch.zeros(2, 4, 5, 5), torch.zeros(6, 4, 3, 3)
-    with pytest.raises(ValueError, match=r"conv3x3: x is \[4, 5, 5\], wanted \[N, C, H, W\]"):
+    with pytest.raises(ValueError, match=r"conv3x3: x is \[4, 5, 5\], expected \[N, C, H, W\]"):
         ops.conv3x3(x[0], weight)
-    with pytest.raises(ValueError, match=r"weight is \[6, 3, 3, 3\], wanted \[K, 4, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"weight is \[6, 3, 3, 3\], expected \[K, 4, 3, 3\]"):
         ops.conv3x3(x, weight[:, :3])
     with pytest.raises(ValueError, match="5, 5"):
         ops.conv3x3(x, torch.zeros(6, 4, 5, 5))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bagssl_fast.cuda_graph import WARM_UP, Computed, GraphedStep
+from bagssl_fast.training.cuda_graph import WARM_UP, Computed, GraphedStep
 
 
 class FakeCuda:

@@ -78,7 +78,7 @@ def test_exif_orientation_is_honoured_whole_and_cropped(orientation):
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "LA"])
-def test_colours_are_those_of_pillow(mode):
+def test_colors_are_those_of_pillow(mode):
     image = Image.fromarray(waves(50, 70)).convert(mode)
     for kind in ["JPEG"] if mode in ("L", "CMYK") else ["PNG"]:
         out = io.BytesIO()
@@ -87,7 +87,7 @@ def test_colours_are_those_of_pillow(mode):
         np.testing.assert_array_equal(decoded, pillow_rgb(out.getvalue()))
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped():
+def test_sixteen_bit_gray_is_scaled_not_clipped():
     out = io.BytesIO()
     Image.fromarray(np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)).save(out, "PNG")
     decoded = _C.decode(out.getvalue(), decode_image, NO_LIMIT)

@@ -22,11 +22,11 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture(params=["colour array", "grey array", "files of two formats"])
+@pytest.fixture(params=["color array", "gray array", "files of two formats"])
 def source(request, tmp_path) -> Any:
     if "array" in request.param:
         images = noise()
-        return open_source(images if "colour" in request.param else images[..., :1].copy())
+        return open_source(images if "color" in request.param else images[..., :1].copy())
     return open_source(write_folder(tmp_path / "set"))
 
 
@@ -83,8 +83,8 @@ def test_small_last_batches_and_empty_ones(source):
         with make(source, rank=rank, **options) as host:
             expected = [batch.clone() for batch in host]
         with make(source, rank=rank, views="device", **options) as device:
-            for batch, wanted in zip(device, expected, strict=True):
-                assert torch.equal(batch.patches, wanted.patches)
+            for batch, needed in zip(device, expected, strict=True):
+                assert torch.equal(batch.patches, needed.patches)
     three = open_source(noise()[:3])
     with make(three, batch_size=1, world_size=2, drop_last=False, views="device") as loader:
         assert [batch.patches.shape[1] for batch in loader] == [1, 0]
@@ -189,8 +189,8 @@ def test_batches_travel_one_step_ahead(views, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     take = ["main waits for {0}", "kept for main", "works"]
     send = ["copies", "side records {0}"]
-    wanted = [line.format(0) for line in [*send, "host waits for {0}"]]
+    needed = [line.format(0) for line in [*send, "host waits for {0}"]]
     for n in (1, 2):  # the next batch is on its way before the work on this one begins
-        wanted += [line.format(n) for line in send] + [line.format(n - 1) for line in take]
-        wanted += [f"host waits for {n}"]  # then the loader may have the memory
-    assert cuda.log == wanted + [line.format(2) for line in take]
+        needed += [line.format(n) for line in send] + [line.format(n - 1) for line in take]
+        needed += [f"host waits for {n}"]  # then the loader may have the memory
+    assert cuda.log == needed + [line.format(2) for line in take]

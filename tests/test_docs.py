@@ -27,7 +27,7 @@ def test_architecture_shows_the_dispatch_table_that_runs() -> None:
 @pytest.mark.parametrize("op", sorted(ops.DISPATCH))
 def test_every_filled_cell_has_its_file_test_and_bench(op: str) -> None:
     for cell in filter(None, ops.DISPATCH[op]):
-        folder = ROOT / "kernels" if cell == "kernels" else ROOT / "bagssl_fast" / cell
+        folder = ROOT / "kernels" if cell == "kernels" else ROOT / "bagssl_fast" / "ops" / cell
         assert (folder / f"{op}.py").is_file(), f"{op}: {folder} has no {op}.py"
     assert (ROOT / "tests" / f"test_{op}.py").is_file()
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bagssl_fast.encoders import build_encoder
-from bagssl_fast.heads import EMPHead, Projector
-from bagssl_fast.model import BagModel
-from bagssl_fast.patchnet import PatchMLP, PatchNet
+from bagssl_fast.models.bag_model import BagModel
+from bagssl_fast.models.encoders import build_encoder
+from bagssl_fast.models.heads import EMPHead, Projector
+from bagssl_fast.models.patchnet import PatchMLP, PatchNet
 
 
 def images(n: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -85,7 +85,7 @@ def test_patchnet_dense_gradient_is_patch_by_patch() -> None:
 def test_patchnet_training_statistics_agree_where_patches_do_not_overlap() -> None:
     x = images(4, 32, 32)
     net = PatchNet(16, width=8)
-    # A patch's first map covers all its pixels, but those between the maps of neighbouring
+    # A patch's first map covers all its pixels, but those between the maps of neighboring
     # patches belong to none: only an image of one patch has equal statistics throughout.
     one = x[:, :, :16, :16]
     torch.testing.assert_close(net.train().dense(one, 16)[0], net(one), rtol=1e-5, atol=1e-5)
@@ -216,8 +216,8 @@ WRONG = {
     "patch larger than image": (lambda: PatchNet(16, 4).dense(images(1, 32, 12)), "smaller than"),
     "stride 0": (lambda: PatchNet(16, 4).dense(images(1, 32, 32), 0), "stride 0.*at least 1"),
     "patches of another size": (lambda: PatchNet(16, 4)(images(1, 32, 32)), r"\.dense\(images"),
-    "uint8 patches": (lambda: PatchMLP(8)(images(1, 8, 8).byte()), "normalised float"),
-    "grey images": (lambda: PatchNet(16, 4).dense(torch.zeros(1, 1, 32, 32)), r"\[N, 3, H, W\]"),
+    "uint8 patches": (lambda: PatchMLP(8)(images(1, 8, 8).byte()), "normalized float"),
+    "gray images": (lambda: PatchNet(16, 4).dense(torch.zeros(1, 1, 32, 32)), r"\[N, 3, H, W\]"),
     "empty projector": (lambda: Projector(8, num_layers=0), "at least 1"),
     "empty emp head": (lambda: EMPHead(8, out=0), "at least 1"),
     "dense without a dense form": (
@@ -236,7 +236,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_names_the_way_out(case: str) -> None:
+def test_wrong_input_names_the_how_to_fix(case: str) -> None:
     call, text = WRONG[case]
     with pytest.raises(ValueError, match=text):
         call()

@@ -11,20 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bagssl_fast import cli, evaluate, metrics, train
+from bagssl_fast import cli, evaluate, train
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import BagConfig, Config, EncoderConfig, HeadConfig
 from bagssl_fast.data import open_source
-from bagssl_fast.features import CENTER, Plan, calibrate, dense_grid, dense_stride, extract
-from bagssl_fast.model import BagModel, build_model
-from bagssl_fast.probes import RIDGE_GRID, knn_accuracy, linear_probe
+from bagssl_fast.evaluation import quality
+from bagssl_fast.evaluation.datasets import find_test_data
+from bagssl_fast.evaluation.features import (
+    CENTER,
+    Plan,
+    calibrate,
+    dense_grid,
+    dense_stride,
+    extract,
+)
+from bagssl_fast.evaluation.probes import RIDGE_GRID, knn_accuracy, linear_probe
+from bagssl_fast.models.bag_model import BagModel, build_model
 
 
 def clusters(n, dim, classes=3, noise=0.5, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(classes, (n,), generator=generator)
-    return centres[labels] + noise * torch.randn(n, dim, generator=generator), labels
+    return centers[labels] + noise * torch.randn(n, dim, generator=generator), labels
 
 
 class TestKNN:
@@ -109,15 +118,15 @@ class TestCollapse:
         spread = torch.randn(256, 32, generator=generator)
         one_point = torch.ones(256, 32) + 1e-4 * spread
         one_line = spread[:, :1] * torch.ones(1, 32)
-        assert metrics.collapse(spread)["std"] == pytest.approx(1.0, abs=0.02)
-        assert metrics.collapse(spread)["rank"] > 28
-        assert metrics.collapse(one_point)["std"] < 1e-3
-        assert metrics.collapse(one_line)["rank"] < 1.01
+        assert quality.collapse(spread)["std"] == pytest.approx(1.0, abs=0.02)
+        assert quality.collapse(spread)["rank"] > 28
+        assert quality.collapse(one_point)["std"] < 1e-3
+        assert quality.collapse(one_line)["rank"] < 1.01
 
     def test_rank_counts_equal_directions(self):
-        assert metrics.effective_rank(torch.eye(8)[:5]) == pytest.approx(5.0, rel=1e-4)
-        assert metrics.effective_rank(torch.zeros(4, 4)) == 0.0
-        assert math.isnan(metrics.effective_rank(torch.full((2, 2), math.nan)))
+        assert quality.effective_rank(torch.eye(8)[:5]) == pytest.approx(5.0, rel=1e-4)
+        assert quality.effective_rank(torch.zeros(4, 4)) == 0.0
+        assert math.isnan(quality.effective_rank(torch.full((2, 2), math.nan)))
 
 
 class TestGrid:
@@ -174,7 +183,7 @@ def lively(model):
     return model.eval()
 
 
-def normalised(source, indices=None):
+def normalized(source, indices=None):
     chosen = range(len(source)) if indices is None else indices
     pixels = torch.stack([torch.from_numpy(np.array(source.decode(i))) for i in chosen])
     return (pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
@@ -191,7 +200,7 @@ class TestExtract:
         features, labels = extract(model, CONFIG, source, PLAN)
         assert labels.tolist() == source.labels.tolist()
         assert set(features) == {("h", n) for n in PLAN.counts} | {("z", n) for n in (0, 1, 4)}
-        x = normalised(source)
+        x = normalized(source)
         corners = {1: [4], 4: [0, 8], 16: [0, 2, 6, 8]}  # 5 positions, 2 pixels apart
         with torch.no_grad():
             for count, sides in corners.items():
@@ -206,27 +215,27 @@ class TestExtract:
         source = open_source(str(images / "x-train.npz"))
         model = lively(build_model(CONFIG))
         features, _ = extract(model, CONFIG, source, replace(PLAN, counts=(CENTER,)))
-        small = F.interpolate(normalised(source), size=8, mode="bilinear", antialias=True)
+        small = F.interpolate(normalized(source), size=8, mode="bilinear", antialias=True)
         with torch.no_grad():
             want = model.embed(small)
         torch.testing.assert_close(features["h", CENTER], want, rtol=0, atol=0.05)
 
     def test_patch_by_patch_where_there_is_no_dense_form(self, images):
-        """A backbone that returns the mean colour: a grid's mean follows from pixels alone."""
+        """A backbone that returns the mean color: a grid's mean follows from pixels alone."""
 
-        class MeanColour(nn.Module):
+        class MeanColor(nn.Module):
             patch_size, feature_dim = 8, 3
 
             def forward(self, x):
                 return x.mean((2, 3))
 
         config = replace(CONFIG, bag=BagConfig(2), augment=Augment(size=8, scale=(0.25, 0.25)))
-        model = BagModel(MeanColour(), build_model(CONFIG).head)
+        model = BagModel(MeanColor(), build_model(CONFIG).head)
         source = open_source(str(images / "x-train.npz"))
         plan = replace(PLAN, counts=(4,), projection_up_to=-1)
         whole, _ = extract(model, config, source, plan)
         torch.testing.assert_close(
-            whole["h", 4], normalised(source).mean((2, 3)), rtol=0, atol=1e-2
+            whole["h", 4], normalized(source).mean((2, 3)), rtol=0, atol=1e-2
         )
         chosen = torch.tensor([3, 5, 20])
         part, labels = extract(model, config, source, replace(plan, batch_size=100), chosen)
@@ -272,7 +281,7 @@ class TestRun:
         assert len(rows) == 2 * (4 + 3)
         row = rows["trained", "h", 16]
         assert 0 <= row["knn"] <= 1 and 0 <= row["linear"] <= 1 and row["rank"] > 1
-        assert row["linear"] >= 2 / 3  # three colours: easy
+        assert row["linear"] >= 2 / 3  # three colors: easy
         assert rows["random", "h", 16]["std"] != row["std"]
         assert any("statistics averaged" in note for note in result["notes"])
 
@@ -362,7 +371,7 @@ def test_find_test_data(tmp_path):
         (tmp_path / name).touch()
     for name in ("in/train/a", "in/val/a", "alone/train"):
         (tmp_path / name).mkdir(parents=True)
-    find = evaluate.find_test_data
+    find = find_test_data
     assert find(str(tmp_path / "c10-train.tar")) == str(tmp_path / "c10-test.tar")
     assert find(str(tmp_path / "in" / "train")) == str(tmp_path / "in" / "val")
     assert find(str(tmp_path / "train.tar")) is None

@@ -12,9 +12,10 @@ from test_bag_encoder import CONFIGS, pictures, save
 
 from bagssl_fast import cli, export, ops
 from bagssl_fast.augment import Augment
-from bagssl_fast.bag_encoder import BagEncoder
 from bagssl_fast.config import Config, EncoderConfig, HeadConfig
-from bagssl_fast.graph import PatchGraph, to_onnx, to_program
+from bagssl_fast.inference.bag_encoder import BagEncoder
+from bagssl_fast.inference.export import export as write_export
+from bagssl_fast.inference.graph import PatchGraph, to_onnx, to_program
 
 SMALL = HeadConfig(hidden=4, out=4, num_layers=1)
 
@@ -72,7 +73,7 @@ class TestBackbone:
             augment=Augment(size=size), encoder=EncoderConfig(name, options=options), head=SMALL
         )
         run = save(tmp_path / "run", config)
-        export.export(run, tmp_path / "out")
+        write_export(run, tmp_path / "out")
         with safe_open(tmp_path / "out" / "backbone.safetensors", "pt") as file:
             assert file.metadata()["encoder"] == name
         encoder = BagEncoder.from_run(run, patches="center")
@@ -111,9 +112,9 @@ class TestBackbone:
         self.compare(net, state, encoder, 32)
 
     def test_of_our_own(self, runs, tmp_path):
-        from bagssl_fast.patchnet import PatchNet
+        from bagssl_fast.models.patchnet import PatchNet
 
-        export.export(runs["dense"], tmp_path / "out")
+        write_export(runs["dense"], tmp_path / "out")
         net = PatchNet(8, 4, hypercolumn=True)
         net.load_state_dict(load_file(tmp_path / "out" / "backbone.safetensors"))
 

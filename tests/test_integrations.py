@@ -62,8 +62,8 @@ def head_results(head: nn.Module, x: Tensor, grads: bool = True) -> list[Tensor]
     """Output, gradients of input and parameters, and buffers after one pass."""
     x = x.clone().requires_grad_()
     y = head(x)
-    wanted = [x, *head.parameters()]
-    gradients = torch.autograd.grad(y.square().sum(), wanted) if grads else []
+    needed = [x, *head.parameters()]
+    gradients = torch.autograd.grad(y.square().sum(), needed) if grads else []
     return [y.detach(), *gradients, *(b.double() for b in head.buffers())]
 
 
@@ -287,7 +287,7 @@ def test_bad_views_are_named():
             lightly.VICRegLoss()(*views(1, 4))
     with pytest.raises(ValueError, match=r"\[4, 3\] and \[4, 2\]"):
         lightly.BarlowTwinsLoss()(torch.randn(4, 3), torch.randn(4, 2))
-    with pytest.raises(ValueError, match="wanted P views"):
+    with pytest.raises(ValueError, match="expected P views"):
         lightly.EMPSSLLoss()([torch.randn(4)])
     with pytest.raises(ValueError, match="eps is 0"):
         lightly.VICRegLoss(eps=0)(*views(4, 3))
@@ -295,7 +295,7 @@ def test_bad_views_are_named():
         lightly.VICRegProjectionHead(num_layers=1)
     with pytest.raises(ValueError, match="all first patches"):
         emp_ssl.chunk_avg(torch.randn(7, 3), 2)
-    with pytest.raises(ValueError, match=r"\[4\], wanted \[B, D\]"):
+    with pytest.raises(ValueError, match=r"\[4\], expected \[B, D\]"):
         emp_ssl.TotalCodingRate()(torch.randn(4))
 
 

@@ -107,7 +107,7 @@ def test_patch_views_draw_anew_and_go_on_from_a_state(images):
 
 def test_patch_views_bad_input():
     views = PatchViews(AUGMENT, 2)
-    with pytest.raises(ValueError, match=r"torch.float32 \[2, 3, 9, 9\], wanted uint8"):
+    with pytest.raises(ValueError, match=r"torch.float32 \[2, 3, 9, 9\], expected uint8"):
         views(torch.zeros(2, 3, 9, 9))
     with pytest.raises(ValueError, match="no 3 channels"):
         views(torch.zeros(2, 1, 9, 9, dtype=torch.uint8))

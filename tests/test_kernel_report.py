@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "bench" / "results" / "kernel_report.json"
-# Line numbers and neighbours move a compiler's register count a little.
+# Line numbers and neighbors move a compiler's register count a little.
 REGISTERS = 16
 
 needs_report = pytest.mark.skipif(

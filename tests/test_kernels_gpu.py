@@ -137,8 +137,8 @@ def test_relu(name, dtype):
         leaves = leaves_of(x)
         out = op(*leaves, impl, relu=True)
         dout = normal(*out.shape, seed=2).to(out) * clear
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        results.append([out * clear, *torch.autograd.grad(out, wanted, dout)])
+        needed = [leaf for leaf in leaves if leaf.requires_grad]
+        results.append([out * clear, *torch.autograd.grad(out, needed, dout)])
     for a, e in zip(*results, strict=True):
         assert (a.double() - e).norm() <= LIMIT[dtype] * e.norm() + 1e-7, name
 

@@ -6,7 +6,7 @@ from tolerances import assert_matches
 from torch import Tensor, nn
 
 from bagssl_fast import ops
-from bagssl_fast.reference.linear_bn_relu import linear_bn_relu as reference
+from bagssl_fast.ops.reference.linear_bn_relu import linear_bn_relu as reference
 
 IMPLS = ("reference", "cpu")
 
@@ -112,12 +112,12 @@ def test_no_rows_are_fine_in_evaluation_only(impl):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(6)}, r"x is \[6\], wanted \[..., 6\]"),
-        ({"x": torch.zeros(5, 7)}, r"x is \[5, 7\], wanted \[..., 6\]"),
+        ({"x": torch.zeros(6)}, r"x is \[6\], expected \[..., 6\]"),
+        ({"x": torch.zeros(5, 7)}, r"x is \[5, 7\], expected \[..., 6\]"),
         ({"x": torch.zeros(5, 6, dtype=torch.int64)}, "torch.int64, supported are float64"),
         ({"x": torch.zeros(1, 6)}, "1 rows in training"),
-        ({"weight": torch.zeros(4, 6, 1)}, r"wanted \[M, F\]"),
-        ({"gamma": torch.ones(3)}, r"gamma is \[3\], wanted \[4\]"),
+        ({"weight": torch.zeros(4, 6, 1)}, r"expected \[M, F\]"),
+        ({"gamma": torch.ones(3)}, r"gamma is \[3\], expected \[4\]"),
         ({"running_var": torch.ones(4, 1)}, r"running_var is \[4, 1\]"),
         ({"training": False, "running_mean": None}, "evaluation needs running_mean"),
         ({"beta": torch.zeros(4, device="meta")}, "several devices .*beta on meta"),

@@ -97,7 +97,7 @@ def test_batch_stays_while_the_next_one_is_taken_and_clone_stays_for_ever(array_
         fresh.close()
 
 
-def test_unlabelled_images_have_label_minus_one():
+def test_unlabeled_images_have_label_minus_one():
     with make(open_source(noise())) as loader:
         assert next(iter(loader)).labels.tolist() == [-1] * 4
 
@@ -487,7 +487,7 @@ def test_fast_decode_is_close_and_off_by_default(tmp_path):
         ({"seed": -1}, "seed=-1"),
         ({"rank": 2, "world_size": 2}, "rank=2 of world_size=2"),
         ({"sampler": "spiral"}, "sampler='spiral' is unknown: random, grid or center"),
-        ({"sampler": "grid", "patches": 20}, "square number is wanted, 16 or 25"),
+        ({"sampler": "grid", "patches": 20}, "square number is expected, 16 or 25"),
         ({"sampler": "center", "patches": 2}, "set 1"),
         ({"dtype": "float64"}, "dtype='float64' is unknown: float32"),
         ({"on_error": "ignore"}, "on_error='ignore' is unknown"),

@@ -261,5 +261,5 @@ def test_two_ranks_normalise_as_one(ranks):
         total = sum(r["grads"][name] for r in results)
         assert_matches(total, expected["grads"][name], x.dtype, f"d{name}")
     for result in results:
-        for actual, wanted in zip(result["running"], expected["running"], strict=True):
-            assert_matches(actual, wanted, x.dtype, "running statistics")
+        for actual, needed in zip(result["running"], expected["running"], strict=True):
+            assert_matches(actual, needed, x.dtype, "running statistics")

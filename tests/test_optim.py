@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bagssl_fast.config import OptimConfig
-from bagssl_fast.optim import LARS, WeightAverage, build_optimizer, learning_rate
+from bagssl_fast.training.optim import LARS, WeightAverage, build_optimizer, learning_rate
 
 
 def gradients(shape, steps, seed=0):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bagssl_fast import pack as packing
-from bagssl_fast.data import BagLoader, ImageError, open_source
-from bagssl_fast.pack import main, pack, parse_size
+from bagssl_fast.data import BagLoader, ImageError, open_source, packing
+from bagssl_fast.data.packing import pack
+from bagssl_fast.pack import main, parse_size
 
 
 @pytest.fixture(autouse=True)

@@ -171,13 +171,13 @@ def run(
         ((normal(*x.shape, mean=1.0) * size / x.numel()).to(dtype).to(x) * x).sum()
         for x in outs.values()
     )
-    wanted = {name: x for name, x in tensors.items() if x.requires_grad}
-    grads = torch.autograd.grad(loss, list(wanted.values()))
+    needed = {name: x for name, x in tensors.items() if x.requires_grad}
+    grads = torch.autograd.grad(loss, list(needed.values()))
     for name, x in tensors.items():
         if name not in NOT_DIFFERENTIATED:
             assert torch.equal(x, before[name]), f"{op} wrote into {name}"
     running = {name: tensors[name] for name in NOT_DIFFERENTIATED if name in tensors}
-    named = {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    named = {f"d{name}": grad for name, grad in zip(needed, grads, strict=True)}
     return {name: x.detach().cpu() for name, x in {**outs, **named, **running}.items()}
 
 
@@ -223,7 +223,9 @@ def test_table_names_what_runs(monkeypatch):
 def test_cells_have_their_files():
     for op, cells in ops.DISPATCH.items():
         for cell in cells:
-            folder = {"kernels": ROOT / "kernels"}.get(cell, ROOT / "bagssl_fast" / str(cell))
+            folder = {"kernels": ROOT / "kernels"}.get(
+                cell, ROOT / "bagssl_fast" / "ops" / str(cell)
+            )
             assert cell is None or (folder / f"{op}.py").is_file(), f"{cell}/{op}.py is missing"
         assert (ROOT / "tests" / f"test_{op}.py").is_file()
 
@@ -259,7 +261,7 @@ def test_impl_is_explicit_then_process_wide_then_the_device(monkeypatch):
 
 
 def registered_ops() -> list[Any]:
-    from bagssl_fast.cpu import bag_pool, patch_embed, tcr, vicreg
+    from bagssl_fast.ops.cpu import bag_pool, patch_embed, tcr, vicreg
 
     z = normal(2, 5, 7).float().requires_grad_()
     images, weight = torch.zeros(2, 9, 9, 3, dtype=torch.uint8), normal(4, 3, 3, 3).float()
@@ -304,8 +306,8 @@ def test_compiled_graphs_keep_ops_whole():
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     expected, actual = everything(*args), compiled(*args)
     assert_matches(actual, expected, torch.float32, "value")
-    wanted = torch.autograd.grad(expected, (z, weight))
+    needed = torch.autograd.grad(expected, (z, weight))
     for name, a, e in zip(
-        ("dz", "dweight"), torch.autograd.grad(actual, (z, weight)), wanted, strict=True
+        ("dz", "dweight"), torch.autograd.grad(actual, (z, weight)), needed, strict=True
     ):
         assert_matches(a, e, torch.float32, name)

@@ -7,8 +7,8 @@ from tolerances import assert_matches
 from torch import Tensor
 
 from bagssl_fast import _C, ops
-from bagssl_fast.cpu.patch_embed import _worthwhile_grid
-from bagssl_fast.reference.patch_embed import patch_embed as reference
+from bagssl_fast.ops.cpu.patch_embed import _worthwhile_grid
+from bagssl_fast.ops.reference.patch_embed import patch_embed as reference
 
 IMPLS = ("reference", "cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -141,7 +141,7 @@ def test_nothing_to_embed_is_empty(impl):
         ({"images": torch.zeros(3, 9, 11, dtype=torch.uint8)}, r"\[B, H, W, C\]"),
         ({"images": torch.zeros(3, 9, 11, 1, dtype=torch.uint8)}, "1 channels, weight 3"),
         ({"images": torch.zeros(3, 3, 11, 3, dtype=torch.uint8)}, "does not fit"),
-        ({"bias": torch.zeros(4)}, r"bias is \[4\], wanted \[5\]"),
+        ({"bias": torch.zeros(4)}, r"bias is \[4\], expected \[5\]"),
         ({"positions": torch.tensor([[0.0, 1.0]])}, "torch.float32, supported are int64"),
         ({"positions": torch.tensor([[6, 0]])}, r"end at \(5, 8\)"),
         ({"positions": torch.tensor([[-1, 0]])}, "reach from -1"),

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from view_cases import COLUMN, draw, noise, photo, view_row
 
 from bagssl_fast import _C
-from bagssl_fast.reference.patch_views import patch_views as reference_views
+from bagssl_fast.ops.reference.patch_views import patch_views as reference_views
 
 ORDERS = tuple(itertools.permutations(range(4)))
 STAGES = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -25,7 +25,7 @@ exact_resize = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 @functools.cache
-def all_colours() -> np.ndarray:
+def all_colors() -> np.ndarray:
     """Each combination of 40 levels of red, green and blue, the extremes among them."""
     levels = np.linspace(0, 255, 40).round().astype(np.uint8)
     return np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(250, 256, 3)
@@ -120,7 +120,7 @@ def test_resize_is_pillows_within_one(interpolation: str) -> None:
         assert apart <= 1, (height, width, out)
 
 
-COLOURS = [
+ColorS = [
     *({"brightness": x} for x in (0.0, 0.3, 0.999, 1.4, 2.0, 300.0)),
     *({"contrast": x} for x in (0.0, 0.3, 0.999, 1.4, 2.0, 300.0)),
     *({"saturation": x} for x in (0.0, 0.3, 0.999, 1.4, 2.0, 300.0)),
@@ -128,10 +128,10 @@ COLOURS = [
 ]
 
 
-@pytest.mark.parametrize("columns", COLOURS, ids=str)
+@pytest.mark.parametrize("columns", ColorS, ids=str)
 def test_jitter_is_torchvisions_bit_for_bit(columns: dict[str, float]) -> None:
-    # One stage alone, over every kind of colour and over pictures that leave a ragged tail.
-    for image in (all_colours(), photo(31, 29), noise(1, 1)):
+    # One stage alone, over every kind of color and over pictures that leave a ragged tail.
+    for image in (all_colors(), photo(31, 29), noise(1, 1)):
         row = view_row(image, order=0, **columns)
         assert (
             difference(ours(image, row, image.shape[:2]), theirs(image, row, image.shape[:2])) == 0
@@ -146,12 +146,12 @@ def test_jitter_orders_are_torchvisions() -> None:
 
 
 def test_hue_of_zero_returns_the_pixels() -> None:
-    image = all_colours()
+    image = all_colors()
     x = torch.from_numpy(image).permute(2, 0, 1)
     assert torch.equal(F.adjust_hue(x, 0.0), x)  # so that the C++ path may skip it
 
 
-@pytest.mark.parametrize("image", [all_colours(), noise(31, 29)], ids=["colours", "noise"])
+@pytest.mark.parametrize("image", [all_colors(), noise(31, 29)], ids=["colors", "noise"])
 def test_grayscale_and_solarize_are_torchvisions(image: np.ndarray) -> None:
     size = image.shape[:2]
     for columns in ({"gray": 1}, *({"solarize": t} for t in (0, 1, 127.5, 128, 255))):
@@ -186,10 +186,10 @@ def test_pipeline_is_torchvisions(size: tuple[int, int], interpolation: str) -> 
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "gray", "hue"])
-def test_how_far_pillows_colours_are(name: str) -> None:
-    """One level, but for hue: Pillow's has 256 steps, which few saturated colours see as 15."""
+def test_how_far_pillows_colors_are(name: str) -> None:
+    """One level, but for hue: Pillow's has 256 steps, which few saturated colors see as 15."""
     Image = pytest.importorskip("PIL.Image")
-    for image in (all_colours(), photo(64, 64)):
+    for image in (all_colors(), photo(64, 64)):
         pil = Image.fromarray(image)
         for factor in (0.1, 0.4) if name == "hue" else (0.3, 0.7, 1.4, 1.8):
             if name == "gray":
@@ -327,13 +327,13 @@ BAD_OPTIONS = [
     ({"std": (1, 0, 1)}, "std > 0"),
     ({"mean": (0, math.nan, 0)}, "mean"),
     ({"dtype": "float64"}, "float32"),
-    ({"out": np.empty((1, 1, 8, 8, 3), np.float64)}, "out is float64"),
-    ({"out": np.empty((1, 2, 8, 8, 3), np.float32)}, "wanted contiguous"),
-    ({"images": [np.zeros((20, 30), np.uint8)]}, r"wanted uint8 \[H, W, 3\]"),
+    ({"out": np.zeros((1, 1, 8, 8, 3), np.float64)}, "out is float64"),
+    ({"out": np.zeros((1, 2, 8, 8, 3), np.float32)}, "expected contiguous"),
+    ({"images": [np.zeros((20, 30), np.uint8)]}, r"expected uint8 \[H, W, 3\]"),
     ({"images": [np.zeros((20, 30, 3), np.float32)]}, "float32"),
     ({"images": [np.zeros((3, 20, 30), np.uint8).transpose(1, 2, 0)]}, "contiguous"),
     ({"images": [np.zeros((0, 30, 3), np.uint8)]}, "uint8"),
-    ({"params": np.zeros((1, 2, 16), np.float32)}, r"wanted \[P, B, 16\]"),
+    ({"params": np.zeros((1, 2, 16), np.float32)}, r"expected \[P, B, 16\]"),
 ]
 
 

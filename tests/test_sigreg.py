@@ -10,9 +10,9 @@ import torch
 from tolerances import assert_matches
 from torch import Tensor
 
-from bagssl_fast import sketch
 from bagssl_fast.losses import SIGReg
-from bagssl_fast.reference.sigreg import epps_pulley, sigreg
+from bagssl_fast.losses import _sketch as sketch
+from bagssl_fast.ops.reference.sigreg import epps_pulley, sigreg
 
 # E[T] of N(0, 1) rows and T / N of rows at 0, both over all t: the mean of (1 - exp(-t^2)) and the
 # integral of (1 - exp(-t^2/2))^2, weighted by exp(-t^2/2).
@@ -157,11 +157,11 @@ def test_directions_have_norm_one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lambda_sigreg": 1.5}, r"lambda_sigreg is 1.5, wanted in \[0, 1\]"),
-        ({"num_directions": 0}, "num_directions is 0, wanted at least 1"),
-        ({"num_points": 16}, "num_points is 16, wanted an odd number"),
+        ({"lambda_sigreg": 1.5}, r"lambda_sigreg is 1.5, expected in \[0, 1\]"),
+        ({"num_directions": 0}, "num_directions is 0, expected at least 1"),
+        ({"num_points": 16}, "num_points is 16, expected an odd number"),
         ({"num_points": 1}, "num_points is 1"),
-        ({"t_max": 0.0}, "t_max is 0.0, wanted > 0"),
+        ({"t_max": 0.0}, "t_max is 0.0, expected > 0"),
         ({"t_max": math.inf}, "t_max is inf"),
     ],
     ids=str,

@@ -313,7 +313,7 @@ def test_array_outlives_the_name_it_had():
     assert (source.decode(1) == 9).all()
 
 
-def test_grey_arrays_become_rgb():
+def test_gray_arrays_become_rgb():
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 6), np.uint8)
     for source in (open_source(images), open_source(images[..., None])):
         np.testing.assert_array_equal(source.decode(1), np.repeat(images[1][..., None], 3, 2))
@@ -325,9 +325,9 @@ def test_npy_and_npz(tmp_path):
     np.savez(tmp_path / "b.npz", images=images, labels=[1, 0, 1])
     np.savez(tmp_path / "c.npz", x=images)
     assert open_source(tmp_path / "a.npy").labels is None
-    labelled = open_source(tmp_path / "b.npz")
-    assert labelled.labels.tolist() == [1, 0, 1]
-    np.testing.assert_array_equal(labelled.decode(2), images[2])
+    labeled = open_source(tmp_path / "b.npz")
+    assert labeled.labels.tolist() == [1, 0, 1]
+    np.testing.assert_array_equal(labeled.decode(2), images[2])
     with pytest.raises(ValueError, match=r"c\.npz: no array 'images'"):
         open_source(tmp_path / "c.npz")
     (tmp_path / "d.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:500])

@@ -9,7 +9,7 @@ from tolerances import assert_matches
 from torch import Tensor
 
 from bagssl_fast import ops
-from bagssl_fast.reference.tcr import tcr as reference
+from bagssl_fast.ops.reference.tcr import tcr as reference
 
 IMPLS = ("reference", "cpu")
 
@@ -98,7 +98,7 @@ def test_a_non_finite_slot_spoils_only_its_own_rate(impl):
 @pytest.mark.parametrize(
     ("z", "options", "message"),
     [
-        (torch.zeros(4, 5), {}, r"z is \[4, 5\], wanted \[P, B, D\]"),
+        (torch.zeros(4, 5), {}, r"z is \[4, 5\], expected \[P, B, D\]"),
         (torch.zeros(2, 4, 5, dtype=torch.int32), {}, "torch.int32, supported are float64"),
         (torch.zeros(0, 4, 5), {}, "at least one slot"),
         (torch.zeros(2, 0, 5), {}, "at least one slot, image"),

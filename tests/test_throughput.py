@@ -79,7 +79,7 @@ class WrongLoss(EMPSSL):
 
 
 class WrongGradient(EMPSSL):
-    """The right value, of which nothing is learnt."""
+    """The right value, of which nothing is learned."""
 
     def loss(self, z: Tensor) -> Tensor:
         return super().loss(z.detach()) + 0 * z.sum()
@@ -207,9 +207,9 @@ def test_time_to_accuracy_is_read_between_two_evaluations() -> None:
     import time_to_accuracy
 
     curve = [(0.0, 0.40, 0.55), (10.0, 0.50, 0.58), (20.0, 0.55, 0.57)]
-    wanted = {(0.45, 1): 5.0, (0.50, 1): 10.0, (0.54, 1): 18.0, (0.56, 1): float("inf")}
-    wanted |= {(0.55, 2): 0.0, (0.565, 2): 5.0}  # the initialisation has it; before a fall
-    for (target, probe), seconds in wanted.items():
+    needed = {(0.45, 1): 5.0, (0.50, 1): 10.0, (0.54, 1): 18.0, (0.56, 1): float("inf")}
+    needed |= {(0.55, 2): 0.0, (0.565, 2): 5.0}  # the initialization has it; before a fall
+    for (target, probe), seconds in needed.items():
         assert time_to_accuracy.seconds_to(target, curve, probe) == pytest.approx(seconds)
 
 

@@ -13,9 +13,12 @@ import safetensors.torch
 import torch
 import yaml
 
-from bagssl_fast import checkpoint, cli, train
-from bagssl_fast.model import build_model
-from bagssl_fast.run import Run
+from bagssl_fast import cli, train
+from bagssl_fast.models.bag_model import build_model
+from bagssl_fast.training import checkpoint
+from bagssl_fast.training import run as run_module
+from bagssl_fast.training.meter import Meter
+from bagssl_fast.training.run import Run
 
 STEPS_PER_EPOCH, EPOCHS = 4, 3
 DENSE = {
@@ -81,14 +84,14 @@ def records(run_dir):
 
 def interrupt_after(monkeypatch, steps, number=signal.SIGUSR1):
     """Sends this process a signal while it works on a step of the run."""
-    add = train.Meter.add
+    add = Meter.add
 
     def add_and_interrupt(self, *args):
         add(self, *args)
         if self.run.step + 1 == steps:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(train.Meter, "add", add_and_interrupt)
+    monkeypatch.setattr(Meter, "add", add_and_interrupt)
 
 
 def assert_bitwise_equal(a, b, where=""):
@@ -265,7 +268,7 @@ class TestDiverged:
     @pytest.fixture
     def broken_at_6(self, monkeypatch):
         """The covariance of step 6 is not a number."""
-        prepare = train.prepare
+        prepare = run_module.prepare
 
         def prepare_broken(*args) -> Run:
             run = prepare(*args)
@@ -281,7 +284,7 @@ class TestDiverged:
             run.loss.forward = forward
             return run
 
-        monkeypatch.setattr(train, "prepare", prepare_broken)
+        monkeypatch.setattr(run_module, "prepare", prepare_broken)
 
     def test_names_the_term_and_keeps_the_last_good_state(self, start, broken_at_6, capsys):
         status, run_dir = start(DENSE, "run")
@@ -328,7 +331,7 @@ class TestRefusals:
         ],
         ids=lambda value: "=".join(value) if isinstance(value, list) else None,
     )
-    def test_says_the_way_out_and_writes_nothing(self, start, capsys, flags, words):
+    def test_says_the_how_to_fix_and_writes_nothing(self, start, capsys, flags, words):
         if "cuda" in flags and torch.cuda.is_available():
             pytest.skip("there is a GPU")
         status, run_dir = start(DENSE, "run", *flags)
@@ -354,7 +357,8 @@ def test_the_seed_alone_draws_the_initial_weights(tmp_path):
 # Several runs in one process: gloo cannot join its peers a second time.
 WORKER = """
 import sys
-from bagssl_fast import ranks, train
+from bagssl_fast import train
+from bagssl_fast.distributed import ranks
 me = ranks.start("cpu")
 ranks.start, ranks.stop = lambda device: me, lambda: None
 for recipe, out in zip(sys.argv[2::2], sys.argv[3::2]):

@@ -7,8 +7,8 @@ from tolerances import assert_matches
 from torch import Tensor
 
 from bagssl_fast import ops
-from bagssl_fast.reference.vicreg import CONVENTIONS
-from bagssl_fast.reference.vicreg import vicreg as reference
+from bagssl_fast.ops.reference.vicreg import CONVENTIONS
+from bagssl_fast.ops.reference.vicreg import vicreg as reference
 
 IMPLS = ("reference", "cpu")
 
@@ -179,7 +179,7 @@ def test_non_finite_input_reaches_the_terms(impl):
 @pytest.mark.parametrize(
     ("z", "options", "message"),
     [
-        (torch.zeros(4, 5), {}, r"z is \[4, 5\], wanted \[P, B, D\]"),
+        (torch.zeros(4, 5), {}, r"z is \[4, 5\], expected \[P, B, D\]"),
         (torch.zeros(2, 4, 5, dtype=torch.int64), {}, "torch.int64, supported are float64"),
         (torch.zeros(1, 4, 5), {}, "1 slots .* pairs need at least 2"),
         (torch.zeros(0, 4, 5), {}, "0 slots"),
@@ -188,7 +188,7 @@ def test_non_finite_input_reaches_the_terms(impl):
         (torch.zeros(2, 4, 0), {}, "D >= 1"),
         (torch.zeros(2, 4, 5), {"convention": "lightly"}, "'lightly' is none of official"),
         (torch.zeros(2, 4, 5), {"eps": 0.0}, "eps is 0.0"),
-        ([1.0], {}, "z is a list, wanted a tensor"),
+        ([1.0], {}, "z is a list, expected a tensor"),
     ],
 )
 def test_bad_input_is_named(z, options, message, impl):

@@ -43,7 +43,7 @@ def evaluate(name: str, options: dict, z: Tensor, group: dist.ProcessGroup | Non
 
 
 def linear_bn_relu(x: Tensor, group: dist.ProcessGroup | None) -> dict:
-    """A projector's block with synchronised statistics: output, gradients, running statistics."""
+    """A projector's block with synchronized statistics: output, gradients, running statistics."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(5, x.shape[-1], generator=generator, dtype=x.dtype).requires_grad_()
     gamma = torch.rand(5, generator=generator, dtype=x.dtype).requires_grad_()

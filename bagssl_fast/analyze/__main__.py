@@ -7,82 +7,16 @@ results.json into the output directory. The same command goes on after an interr
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import os
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+from bagssl_fast.analyze.study import CLAIMS
+from bagssl_fast.terminal import say
 
 if __name__ == "__main__" and "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
-
-from bagssl_fast import cli, env
-from bagssl_fast.analyze import html
-from bagssl_fast.analyze.models import Context, Stopped, prepare_threads
-from bagssl_fast.analyze.study import Result, Study, Table
-from bagssl_fast.checkpoint import write_atomic
-from bagssl_fast.config import Config
-from bagssl_fast.metrics import say
-from bagssl_fast.train import Diverged
-
-About = dict[str, Any]
-
-# One module per claim; each has a STUDY.
-MODULES = ("patches", "aggregation", "mean", "locality", "cooccurrence", "epochs")
-ALL = "1,2,3,4,5,6"
-# --quick: steps of a training, labelled images of a probe.
-QUICK_STEPS, QUICK_BANK = 100, 1000
-
-
-def studies(claims: str) -> list[Study]:
-    """The studies of the chosen claims, such as "1,3", in order.
-
-    Raises:
-        ValueError: For what is no claim.
-    """
-    known = {str(number): module for number, module in enumerate(MODULES, start=1)}
-    chosen = {claim.strip() for claim in claims.split(",")}
-    if not chosen <= known.keys():
-        raise ValueError(
-            f"--claims {claims}: claims 1 to {len(MODULES)} are there, separated by commas"
-        )
-    names = [f"bagssl_fast.analyze.{module}" for n, module in known.items() if n in chosen]
-    found: list[Study] = [importlib.import_module(name).STUDY for name in names]
-    return found
-
-
-def examine(study: Study, context: Context) -> Result:
-    """The kept result of a study, or a new one, which is then kept.
-
-    A kept one counts only if recipe, seeds and images are the same. What an interrupted study has
-    cost so far is kept too; models and scores know themselves what they have cost.
-    """
-    path = study.result_path(context.out)
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settings = context.settings()
-    if kept.get("settings") != settings:
-        kept = {"settings": settings, "seconds": 0.0}
-    if "result" in kept:
-        say(f"claim {study.claim}: kept result, {path}")
-        return Result.from_json(kept["result"])
-    say(f"claim {study.claim}: {study.title}")
-    started = time.monotonic()
-    context.costs, context.spent = {}, 0.0
-    try:
-        result = study.run(context)
-    finally:
-        own = max(0.0, time.monotonic() - started - context.spent)
-        kept["seconds"] = round(kept["seconds"] + own, 1)
-        write_atomic(path, (json.dumps(kept) + "\n").encode())
-    result = replace(result, seconds=kept["seconds"], costs=context.costs)
-    text = json.dumps(kept | {"result": result.to_json()}, indent=1) + "\n"
-    write_atomic(path, text.encode())
-    say(f"claim {study.claim}: {result.verdict}; {result.took:.1f} s")
-    return result
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="training images, as for train (default: the built-in demo)")
     parser.add_argument("--test-data", help="test images (default: found by the name of the data)")
     parser.add_argument("--out", type=Path, default=Path("analysis"), help="output directory")
-    parser.add_argument("--claims", default=ALL, help="which claims, e.g. 1,3")
+    parser.add_argument("--claims", default=CLAIMS, help="which claims, e.g. 1,3")
     parser.add_argument("--quick", action="store_true", help="a look in minutes, no measurement")
     parser.add_argument("--seeds", type=int, default=2, help="trainings per setting")
     parser.add_argument("--config", default="analysis", help="recipe of the models")
@@ -100,88 +34,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_context(options: argparse.Namespace) -> Context:
-    """The context that a command line asks for.
-
-    Raises:
-        ValueError: For a number of seeds below one.
-    """
-    if options.seeds < 1:
-        raise ValueError(f"--seeds {options.seeds}: at least one training per setting is wanted")
-    base: Config = cli.load(cli.find_recipe(options.config))
-    base = replace(
-        base,
-        data=options.data or "demo",
-        test_data=options.test_data,
-        device=options.device,
-        threads=options.threads,
-    )
-    if options.quick:
-        steps = min(base.max_steps or QUICK_STEPS, QUICK_STEPS)
-        smaller = replace(base.eval, max_train_images=QUICK_BANK, max_test_images=QUICK_BANK // 2)
-        base = replace(base, max_steps=steps, eval=smaller)
-    seeds = range(1 if options.quick else options.seeds)
-    return Context(base, options.out, tuple(seeds), options.quick)
-
-
-def describe(options: argparse.Namespace, context: Context, results: Sequence[Result]) -> About:
-    """What stands at the head of a report: command, data, seeds, time, machine."""
-    flags = [f"--data {Path(context.base.data).name}", f"--seeds {len(context.seeds)}"]
-    if options.claims != ALL:
-        flags.append(f"--claims {options.claims}")
-    if options.config != "analysis":
-        flags.append(f"--config {Path(options.config).name}")
-    if options.quick:
-        flags.append("--quick")
-    machine = env.report()
-    made = {path: cost for result in results for path, cost in result.costs.items()}
-    return {
-        "command": " ".join(["python -m bagssl_fast.analyze", *flags]),
-        "data": Path(context.base.data).name,
-        "recipe": Path(options.config).name,
-        "seeds": len(context.seeds),
-        "quick": context.quick,
-        "seconds": round(sum(r.seconds for r in results) + sum(made.values()), 1),
-        "machine": {key: machine[key] for key in ("cpu", "cores", "gpus", "packages", "git")},
-    }
-
-
-def write(context: Context, results: Sequence[Result], about: About) -> None:
-    """Writes results.json, README.md (the same for a repository) and report.html."""
-    content = {"about": about, "results": [result.to_json() for result in results]}
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomic(context.out / "results.json", text.encode())
-    write_atomic(context.out / "README.md", markdown(results, about).encode())
-    write_atomic(context.out / "report.html", html.page(context.out, results, about).encode())
-    say(f"written  {context.out / 'report.html'}")
-
-
-def markdown(results: Sequence[Result], about: About) -> str:
-    """Verdicts, texts, figures and tables as Markdown."""
-    verdicts: list[list[str | int | float]] = [[r.claim, r.title, r.verdict] for r in results]
-    minutes = (
-        f"{about['seconds'] / 60:.0f} minutes by the wall, whatever else the machine did included"
-    )
-    machine = ", ".join([about["machine"]["cpu"], f"{about['machine']['cores']} cores"])
-    parts = [
-        f"# The paper's claims on {about['data']}\n",
-        f"Made by `{about['command']}`: {about['seeds']} seed(s), {minutes}; "
-        f"{machine}, torch {about['machine']['packages']['torch']}. Verdicts are computed from "
-        "the numbers: a difference counts beyond two standard errors.\n",
-        Table("Verdicts", ["claim", "", "verdict"], verdicts).markdown(),
-    ]
-    for result in results:
-        parts.append(f"## {result.claim}. {result.title}\n\nVerdict: **{result.verdict}**\n")
-        parts.append(result.text + "\n")
-        for figure in result.figures:
-            parts.append(f"![{figure.title}]({figure.path})\n\n{figure.caption}\n")
-        parts += [table.markdown() for table in result.tables]
-    return "\n".join(parts)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns 0, also when asked to stop, 1 if a training diverged, 2 wrong usage."""
     options = make_parser().parse_args(argv)
+
+    from bagssl_fast.analyze.analysis import describe, examine, make_context, studies, write
+    from bagssl_fast.analyze.models import Stopped, prepare_threads
+    from bagssl_fast.training.meter import Diverged
+
     try:
         chosen = studies(options.claims)
         context = make_context(options)

@@ -22,7 +22,7 @@ from bagssl_fast.analyze.models import Context
 from bagssl_fast.analyze.patches import MAIN_SIDE, MULTI_SCALE, multi_scale_scores, plain
 from bagssl_fast.analyze.study import Figure, Result, Study, Table, Verdict
 from bagssl_fast.analyze.verdict import Difference, difference, mean_spread, percent
-from bagssl_fast.features import CENTER
+from bagssl_fast.evaluation.features import CENTER
 from bagssl_fast.losses import LOSSES
 
 # Loss -> how its paper calls the method; the order of the table.
@@ -115,7 +115,7 @@ def text(context: Context, gains: Gains, of_random: dict[str, Difference], best:
         f"optimizer and number of steps; coefficients are the losses' defaults, not tuned. The "
         f"embedding is then read from the central crop (the whole image at the network's size), "
         f"and as the mean over {best} patches of {100 * MAIN_SIDE:g}% of the side; "
-        f"{bank_images(context)} labelled images, {test_images(context)} test images, "
+        f"{bank_images(context)} labeled images, {test_images(context)} test images, "
         f"{len(context.seeds)} seed(s).\n\n"
         f"{len(won)} of {len(gains)} methods gain beyond two standard errors with the linear "
         f"probe, {len(lost)} lose; with kNN {by_knn.count('holds')} gain and "

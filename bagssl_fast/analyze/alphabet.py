@@ -8,7 +8,7 @@ A = D^-1/2 J D^-1/2, D = diag(p), everything that the spectral loss should reach
     L_C = sum_xy p_x p_y (w z_x . z_y - J_xy / (p_x p_y))^2 = 2 w L_S + |A|_F^2
     min L_S = -sum_{i <= d} lambda_i^2 / (2 w),  at  z = D^-1/2 V_d (Lambda_d / w)^1/2, rotated
 
-VICReg's term is the same object: E_pp[(z . z')^2] = |E[z z']|_F^2, of centred z the squared
+VICReg's term is the same object: E_pp[(z . z')^2] = |E[z z']|_F^2, of centered z the squared
 covariance, of which VICReg takes what is off the diagonal; its solutions are the eigenvectors
 after the constant one.
 """
@@ -44,14 +44,14 @@ class World:
         return self.prior @ self.given
 
     @property
-    def normalised(self) -> Tensor:
-        """A [K, K], the normalised co-occurrence."""
+    def normalized(self) -> Tensor:
+        """A [K, K], the normalized co-occurrence."""
         root = self.marginal.sqrt()
         return self.joint / root[:, None] / root
 
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues of A, largest first, and eigenvectors as columns."""
-        values, vectors = torch.linalg.eigh(self.normalised)
+        values, vectors = torch.linalg.eigh(self.normalized)
         return values.flip(0), vectors.flip(1)
 
     def bags(self, patches: int, images: int, generator: torch.Generator) -> Tensor:
@@ -104,7 +104,7 @@ def angle(world: World, z: Tensor, first: int = 0) -> float:
     rows = world.marginal.sqrt()[:, None] * z.double()
     rows = rows - vectors[:, :first] @ (vectors[:, :first].T @ rows)
     spanned, _ = torch.linalg.qr(rows)
-    wanted = vectors[:, first : first + z.shape[1]]
+    needed = vectors[:, first : first + z.shape[1]]
     # The sine of the largest angle: exact for small angles, where a cosine is not.
-    sine = torch.linalg.matrix_norm(wanted - spanned @ (spanned.T @ wanted), ord=2)
+    sine = torch.linalg.matrix_norm(needed - spanned @ (spanned.T @ needed), ord=2)
     return float(torch.rad2deg(torch.asin(sine.clamp(max=1))))

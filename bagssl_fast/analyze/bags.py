@@ -10,11 +10,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from bagssl_fast.analyze.models import Context
-from bagssl_fast.checkpoint import write_atomic
 from bagssl_fast.config import Config, patch_size
-from bagssl_fast.evaluate import count, make_plan
-from bagssl_fast.features import CENTER, extract
-from bagssl_fast.probes import knn_accuracy, linear_probe
+from bagssl_fast.evaluation.datasets import count
+from bagssl_fast.evaluation.features import CENTER, extract, make_plan
+from bagssl_fast.evaluation.probes import knn_accuracy, linear_probe
+from bagssl_fast.files import write_atomic
 
 PROBES = ("linear", "knn")
 PROBE_NAMES = {"linear": "linear probe", "knn": "kNN"}
@@ -42,26 +42,26 @@ def bag_scores(
         counts: Patches per bag; `CENTER` (0) for the whole image at the network's size. Bags for
             which the image has not the room are left out.
         projections_up_to: Largest bag whose projection is measured too; -1 for none.
-        random: The network at its random initialisation instead.
+        random: The network at its random initialization instead.
         label: How to call the model on the terminal.
 
     Raises:
         ValueError: If the images have no labels.
     """
     images = context.images
-    if not images.labelled:
+    if not images.labeled:
         raise ValueError(
             f"{context.base.data} has no labels, which claims 1, 2 and 6 read: one folder per "
             "class makes labels; --claims 3,5 need none"
         )
-    wanted: dict[str, Any] = {
+    needed: dict[str, Any] = {
         "side": side,
         "counts": list(counts),
         "z": projections_up_to,
         "eval": asdict(config.eval),
         "test": str(images.test.fingerprint),
     }
-    text = json.dumps(wanted, sort_keys=True)
+    text = json.dumps(needed, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     name = f"{'random' if random else 'bags'}-{key}.json"
     path = context.run_dir(config) / name
@@ -133,5 +133,5 @@ def test_images(context: Context) -> int:
 
 
 def bank_images(context: Context) -> int:
-    """How many labelled training images the probes see."""
+    """How many labeled training images the probes see."""
     return count(context.images.train, context.images.train_indices)

@@ -70,7 +70,7 @@ def train(
         world: What the embeddings are compared with.
         encoder: Gives the embeddings of all letters.
         parameters: Of the encoder.
-        loss: To be minimised.
+        loss: To be minimized.
         steps: Their number.
         lr: Peak learning rate.
         first: Index of the first eigenvector that the loss should find.
@@ -146,7 +146,7 @@ def trainings(world: World, seed: int, steps: int) -> dict[str, Curve]:
 def identity_errors(world: World) -> dict[str, float]:
     """Relative errors of the three identities, largest over random embeddings and weights."""
     errors = {"co-occurrence": 0.0, "second moment": 0.0, "covariance": 0.0}
-    total = float(world.normalised.square().sum())
+    total = float(world.normalized.square().sum())
     for seed, w in enumerate((0.1, 0.5, 1.0, 3.0)):
         generator = torch.Generator().manual_seed(seed)
         z = (1 + seed) * torch.randn(LETTERS, DIM, generator=generator, dtype=torch.float64)
@@ -162,8 +162,8 @@ def identity_errors(world: World) -> dict[str, float]:
         # The op itself: D / 2 * covariance + sum of squared variances = |covariance matrix|^2.
         bag = z[world.bags(PATCHES, IMAGES, generator)]
         covariance = VICReg()(bag)[1]["covariance"]
-        centred = bag - bag.mean(dim=1, keepdim=True)
-        squares = (centred.mT @ centred / (IMAGES - 1)).square().sum(dim=(1, 2)).mean()
+        centered = bag - bag.mean(dim=1, keepdim=True)
+        squares = (centered.mT @ centered / (IMAGES - 1)).square().sum(dim=(1, 2)).mean()
         rebuilt = DIM / 2 * covariance + bag.var(dim=1).square().sum(dim=1).mean()
         error = float((rebuilt - squares).abs() / squares)
         errors["covariance"] = max(errors["covariance"], error)
@@ -195,8 +195,8 @@ def run(context: Context) -> Result:
         name: (max(c[name].gap[-1] for c in curves), max(c[name].angle[-1] for c in curves))
         for name in names
     }
-    centred = [c[USUAL].z - world.marginal @ c[USUAL].z for c in curves]
-    variance = float(torch.stack([world.marginal @ z.square() for z in centred]).mean())
+    centered = [c[USUAL].z - world.marginal @ c[USUAL].z for c in curves]
+    variance = float(torch.stack([world.marginal @ z.square() for z in centered]).mean())
     verdict, sentences = judge(ends, errors, (difference, error), variance)
     rows: list[list[str | int | float]] = []
     for name in names:
@@ -210,7 +210,7 @@ two patches of one image that is known exactly (drawn at random, one draw of 200
 lie well apart). Embeddings of {DIM} numbers are trained with the spectral loss, in expectation \
 and by `losses.Spectral` on sampled bags ({PATCHES} patches, {IMAGES} images a step), as a free \
 table and through a small network, and compared with the closed form: the first {DIM} eigenvectors \
-of the normalised co-occurrence, of eigenvalues {shown} (the next is {float(values[DIM]):.2f}).
+of the normalized co-occurrence, of eigenvalues {shown} (the next is {float(values[DIM]):.2f}).
 
 {sentences}
 
@@ -264,7 +264,7 @@ def judge(
             "The identities hold to rounding: the co-occurrence loss is 2w times the spectral loss "
             "plus a constant; the mean squared inner product of unrelated patches is the squared "
             "norm of the second moment, and VICReg's covariance term its off-diagonal part, once "
-            f"centred (relative errors up to {max(errors.values()):.0e})."
+            f"centered (relative errors up to {max(errors.values()):.0e})."
         )
     identities += (
         f" On sampled bags `losses.Spectral` {'is' if unbiased else 'is NOT'} unbiased: mean "
@@ -321,16 +321,16 @@ def draw_training(context: Context, curves: list[dict[str, Curve]]) -> Figure:
         "cooccurrence",
         "Training reaches the closed form",
         "Exact (population) spectral loss above its minimum, and the largest principal angle "
-        "between the learnt embeddings and the leading eigenvectors of the normalised "
+        "between the learned embeddings and the leading eigenvectors of the normalized "
         "co-occurrence (for VICReg: those after the constant one), against training steps. One "
         "line per seed.",
     )
 
 
 def draw_matrices(context: Context, world: World, curves: dict[str, Curve]) -> Figure:
-    """The co-occurrence, what was learnt of it, and both spectra."""
+    """The co-occurrence, what was learned of it, and both spectra."""
     root = world.marginal.sqrt()[:, None]
-    learnt = {
+    learned = {
         name: W * (root * c.z) @ (root * c.z).T
         for name, c in curves.items()
         if not name.startswith("VICReg")
@@ -339,10 +339,10 @@ def draw_matrices(context: Context, world: World, curves: dict[str, Curve]) -> F
     values, vectors = world.spectrum()
     order = vectors[:, 1].argsort()
     figure, (first, second, third) = figures.panels(1, 3, width=3.2)
-    top = float(world.normalised.max())
+    top = float(world.normalized.max())
     for axis, matrix, title in (
-        (first, world.normalised, "Co-occurrence"),
-        (second, learnt[name], f"Learnt from bags, rank {DIM}"),
+        (first, world.normalized, "Co-occurrence"),
+        (second, learned[name], f"Learned from bags, rank {DIM}"),
     ):
         image = axis.imshow(matrix[order][:, order].numpy(), cmap="viridis", vmin=0, vmax=top)
         axis.grid(False)
@@ -351,7 +351,7 @@ def draw_matrices(context: Context, world: World, curves: dict[str, Curve]) -> F
     count = KINDS + 2
     ranks = range(1, count + 1)
     third.plot(ranks, values[:count].tolist(), "o-", color=figures.RANDOM, label="closed form")
-    for color, (label, matrix) in zip(figures.CYCLE, learnt.items(), strict=False):
+    for color, (label, matrix) in zip(figures.CYCLE, learned.items(), strict=False):
         spectrum = torch.linalg.eigvalsh(matrix).flip(0)
         third.plot(range(1, DIM + 1), spectrum[:DIM].tolist(), "x", color=color, label=label)
     third.set(title="Eigenvalues", xlabel="rank", ylabel="eigenvalue")
@@ -360,9 +360,9 @@ def draw_matrices(context: Context, world: World, curves: dict[str, Curve]) -> F
         figure,
         context.out,
         "cooccurrence_matrices",
-        "The co-occurrence and what was learnt of it",
-        "Left: the normalised co-occurrence of the alphabet, patches sorted by the second "
-        "eigenvector. Middle: the matrix of learnt inner products on the same scale of colours. "
+        "The co-occurrence and what was learned of it",
+        "Left: the normalized co-occurrence of the alphabet, patches sorted by the second "
+        "eigenvector. Middle: the matrix of learned inner products on the same scale of colors. "
         f"Right: eigenvalues of both; an embedding of {DIM} numbers can hold the first {DIM}.",
     )
 

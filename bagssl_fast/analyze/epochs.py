@@ -196,7 +196,7 @@ def draw(context: Context, grids: dict[str, Grid]) -> Figure:
     counts = numbers_of_patches(context)
     for axis, probe in zip(axes, PROBES, strict=True):
         for (name, grid), style in zip(grids.items(), ("-", "--"), strict=False):
-            for mode, colour in zip(MODES, (figures.WHOLE, figures.PATCHES), strict=True):
+            for mode, color in zip(MODES, (figures.WHOLE, figures.PATCHES), strict=True):
                 values = [
                     mean_spread(over_seeds(grid[mode, p], "h", bag_size(context), probe))
                     for p in counts
@@ -206,7 +206,7 @@ def draw(context: Context, grids: dict[str, Grid]) -> Figure:
                     counts,
                     [100 * mean for mean, _ in values],
                     [100 * spread for _, spread in values],
-                    colour,
+                    color,
                     f"{name}, {MODES[mode]}",
                     ls=style,
                 )

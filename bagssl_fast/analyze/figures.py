@@ -1,4 +1,4 @@
-"""One look for all figures: colours by what a line is, light grid, PNG."""
+"""One look for all figures: colors by what a line is, light grid, PNG."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from bagssl_fast.analyze.study import Figure
 
-# What a line stands for has one colour in every figure.
+# What a line stands for has one color in every figure.
 PATCHES, WHOLE, RANDOM, OTHER = "#c0392b", "#1f5fa8", "#8a8a8a", "#2e8b57"
 CYCLE = (PATCHES, WHOLE, OTHER, "#b8860b", "#7d3c98", "#17a2b8", "#555555", "#d35400")
 STYLE = {
@@ -74,25 +74,25 @@ def line(
     x: Sequence[float],
     y: Sequence[float],
     spread: Sequence[float],
-    colour: Any,
+    color: Any,
     label: str,
     **style: Any,
 ) -> None:
     """A line with a marker per value and bars where a spread is known."""
     bars = list(spread) if any(spread) else None
     style = {"marker": "o", "capsize": 2, "elinewidth": 0.8} | style
-    axis.errorbar(list(x), list(y), yerr=bars, color=colour, label=label, **style)
+    axis.errorbar(list(x), list(y), yerr=bars, color=color, label=label, **style)
 
 
-def level(axis: Any, y: float, spread: float, label: str, colour: Any = WHOLE) -> None:
+def level(axis: Any, y: float, spread: float, label: str, color: Any = WHOLE) -> None:
     """A dashed horizontal line, with a band where a spread is known."""
-    axis.axhline(y, color=colour, ls="--", lw=1.2, label=label)
+    axis.axhline(y, color=color, ls="--", lw=1.2, label=label)
     if spread:
-        axis.axhspan(y - spread, y + spread, color=colour, alpha=0.12, lw=0)
+        axis.axhspan(y - spread, y + spread, color=color, alpha=0.12, lw=0)
 
 
 def shades(number: int) -> list[Any]:
-    """So many colours from light to dark, of one family."""
+    """So many colors from light to dark, of one family."""
     from matplotlib import colormaps
 
     return [colormaps["OrRd"](0.35 + 0.6 * i / max(number - 1, 1)) for i in range(number)]
@@ -105,11 +105,11 @@ def change(
     after: tuple[float, float],
     labels: tuple[str, str] | None = None,
 ) -> None:
-    """A horizontal line from one value (mean, spread) to another, in the colours of claim 2."""
+    """A horizontal line from one value (mean, spread) to another, in the colors of claim 2."""
     axis.plot([before[0], after[0]], [row, row], color="#bbbbbb", lw=1.5, zorder=1)
     names = labels or (None, None)
-    for (mean, spread), colour, label in zip((before, after), (WHOLE, PATCHES), names, strict=True):
+    for (mean, spread), color, label in zip((before, after), (WHOLE, PATCHES), names, strict=True):
         axis.errorbar(
             [mean], [row], xerr=[spread] if spread else None, fmt="o", ms=6, capsize=2,
-            color=colour, label=label, zorder=2,
+            color=color, label=label, zorder=2,
         )  # fmt: skip

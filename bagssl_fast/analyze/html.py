@@ -12,7 +12,7 @@ from typing import Any
 
 from bagssl_fast.analyze.study import Figure, Result, Table
 
-# A verdict is never told by its colour alone.
+# A verdict is never told by its color alone.
 SIGNS = {"holds": "✓", "does not hold": "✗", "undecided": "≈"}
 STYLE = (Path(__file__).with_name("report.css")).read_text(encoding="utf-8")
 # A browser that keeps to this cannot load anything that is not in the page.
@@ -26,7 +26,7 @@ def page(out: Path, results: Sequence[Result], about: Mapping[str, Any]) -> str:
     Args:
         out: Where the figures lie.
         results: In order.
-        about: command, data, seeds, quick, seconds (wall time), machine (of `env.report`); each
+        about: command, data, seeds, quick, seconds (wall time), machine (of `machine.report`); each
             may be left out.
 
     Raises:
@@ -97,7 +97,7 @@ def _section(out: Path, result: Result) -> str:
     name = f"claim-{result.claim}"
     took = f'<p class="facts">Took {duration(result.took)}</p>' if result.took else ""
     return (
-        f'<section id="{name}" aria-labelledby="{name}-title">'
+        f'<section id="{name}" aria-labeledby="{name}-title">'
         f'<p class="eyebrow">Claim {result.claim} {_chip(result)}</p>'
         f'<h2 id="{name}-title">{_inline(result.title)}</h2>'
         f'<div class="text">{text}</div>{figures}{tables}{took}</section>'

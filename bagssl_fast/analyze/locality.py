@@ -3,7 +3,7 @@
 Every image gives a 4 x 4 grid of patches without augmentation, each encoded to h and z. Three
 numbers say what a space keeps of a patch, a gallery shows it:
 
-- position: a linear probe and the nearest neighbours of other images tell where in its image a
+- position: a linear probe and the nearest neighbors of other images tell where in its image a
   patch stood. What is invariant between the patches of an image forgets it.
 - source image: how often a patch lies nearer to a patch of its own image than to one of another
   (of the grid's corners, which share no pixels), and whether its very nearest is of its own.
@@ -30,15 +30,15 @@ from bagssl_fast.analyze.verdict import Difference, all_of, paired, percent
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import Config, patch_size
 from bagssl_fast.data import BagLoader
-from bagssl_fast.model import BagModel
-from bagssl_fast.probes import linear_probe
+from bagssl_fast.evaluation.probes import linear_probe
+from bagssl_fast.models.bag_model import BagModel
 
 TITLE = "The embedding keeps what is local, the projection what the patches of an image share"
 SIDE = 0.5  # of a patch, in sides of its image
 GRID = 4  # positions along a side
 CORNERS = (0, GRID - 1, GRID * (GRID - 1), GRID * GRID - 1)  # share no pixel at SIDE <= 1/2
 IMAGES, QUICK_IMAGES = 1200, 150
-NEIGHBOURS = 10
+NeighborS = 10
 QUERIES, SHOWN = 8, 7
 LAYERS = {"h": "embedding h", "z": "projection z"}
 
@@ -66,13 +66,13 @@ class Measured:
 
     Args:
         position: Linear probe of the position among 16, on images it has not seen.
-        neighbour_position: Nearest patches of other images that stood at the same place.
+        neighbor_position: Nearest patches of other images that stood at the same place.
         nearer: Pairs of a patch of the same image and one of another that are in the right order.
         nearest: Patches whose nearest one is of the same image.
     """
 
     position: Tensor
-    neighbour_position: Tensor
+    neighbor_position: Tensor
     nearer: Tensor
     nearest: Tensor
 
@@ -131,12 +131,12 @@ def measure(patches: Patches, layer: str) -> Measured:
     position, image = position.to(x.device), image.to(x.device)
     cut = image < 2 * (int(image.max()) + 1) // 3  # whole images on either side
     probe = linear_probe(x[cut], position[cut], x[~cut], position[~cut])
-    found = neighbours(x, image, torch.arange(len(x), device=x.device), NEIGHBOURS)
+    found = neighbors(x, image, torch.arange(len(x), device=x.device), NeighborS)
     same_place = (position[found] == position[:, None]).float().mean(dim=1)
     nearer, nearest = source_image(x, position, image)
     return Measured(
         position=per_image(probe.correct, GRID * GRID),
-        neighbour_position=per_image(same_place, GRID * GRID),
+        neighbor_position=per_image(same_place, GRID * GRID),
         nearer=per_image(nearer, len(CORNERS)),
         nearest=per_image(nearest, len(CORNERS)),
     )
@@ -147,7 +147,7 @@ def per_image(values: Tensor, patches: int) -> Tensor:
     return values.float().view(-1, patches).mean(dim=1).cpu()
 
 
-def neighbours(x: Tensor, image: Tensor, queries: Tensor, k: int) -> Tensor:
+def neighbors(x: Tensor, image: Tensor, queries: Tensor, k: int) -> Tensor:
     """Indices [Q, k] of the nearest patches of *other* images, nearest first."""
     rows = directions(x)
     found = []
@@ -182,7 +182,7 @@ def chance(images: int) -> dict[str, float]:
     """What a space that knows nothing would show."""
     nearest = (len(CORNERS) - 1) / max(1, len(CORNERS) * images - 1)
     place = 1 / GRID**2
-    return {"position": place, "neighbour_position": place, "nearer": 0.5, "nearest": nearest}
+    return {"position": place, "neighbor_position": place, "nearer": 0.5, "nearest": nearest}
 
 
 def run(context: Context) -> Result:
@@ -213,7 +213,7 @@ def run(context: Context) -> Result:
 
 FIELDS = {
     "position": "position, linear probe",
-    "neighbour_position": "neighbours at the same place",
+    "neighbor_position": "neighbors at the same place",
     "nearer": "own image nearer",
     "nearest": "nearest is of the own image",
 }
@@ -235,7 +235,7 @@ def judge(measured: dict[str, list[Measured]], images: int) -> tuple[Verdict, st
     local = gain(measured["trained h"], measured["trained z"], "position")
     invariant = gain(measured["trained z"], measured["trained h"], "nearer")
     verdict = all_of([local.verdict, invariant.verdict])
-    learnt = gain(measured["trained h"], measured["random h"], "position")
+    learned = gain(measured["trained h"], measured["random h"], "position")
     source = gain(measured["trained z"], measured["random z"], "nearer")
 
     def show(name: str, field: str) -> str:
@@ -262,9 +262,9 @@ taken image by image; their errors are those of the mean over images and seeds. 
 chosen after an unpaired one on CIFAR-10 had left both parts undecided.)
 
 The same network at random tells the place with {show("random h", "position")}% from h: training \
-{done[learnt.verdict]} ({learnt.points()} points). Own patches are nearer in \
+{done[learned.verdict]} ({learned.points()} points). Own patches are nearer in \
 {show("random z", "nearer")}% in the random z: training {done[source.verdict]} \
-({source.points()} points). Colours and brightness alone tell much of an image, and no number here \
+({source.points()} points). Colors and brightness alone tell much of an image, and no number here \
 is free of them.
 
 The gallery shows the other images that come nearest in either space, for queries drawn blindly. \
@@ -329,7 +329,7 @@ def draw_gallery(context: Context, patches: Patches) -> Figure:
         x = patches.features[layer]
         # All patches of SHOWN images are enough to find so many different ones.
         depth = SHOWN * GRID * GRID
-        found = neighbours(x, patches.image.to(x.device), queries.to(x.device), depth).cpu()
+        found = neighbors(x, patches.image.to(x.device), queries.to(x.device), depth).cpu()
         shown[layer] = one_per_image(found, patches.image, SHOWN)
     figure, (axis,) = figures.panels(width=8.2, height=0.5 * len(queries) + 0.5)
     strip = [("query", queries[:, None]), *((LAYERS[k], v) for k, v in shown.items())]

@@ -3,7 +3,7 @@
 For each test image, the cosine between the whole image's embedding (the central crop at the
 network's size) and the mean over N patches of a grid in random order, against N. All embeddings
 after a ReLU share a large mean, which alone makes cosines high; hence the controls: features
-centred over the images, patches of another image, and a random network. Retrieval says it without
+centered over the images, patches of another image, and a random network. Retrieval says it without
 a scale: how often the nearest whole-image embedding to a mean of patches is its own image's.
 """
 
@@ -22,9 +22,8 @@ from bagssl_fast.analyze.patches import MAIN_SIDE, MULTI_SCALE
 from bagssl_fast.analyze.study import Figure, Result, Study, Table
 from bagssl_fast.analyze.verdict import Difference, all_of, paired
 from bagssl_fast.config import Config
-from bagssl_fast.evaluate import make_plan
-from bagssl_fast.features import CENTER, embed_patches
-from bagssl_fast.model import BagModel
+from bagssl_fast.evaluation.features import CENTER, embed_patches, make_plan
+from bagssl_fast.models.bag_model import BagModel
 
 PATCHES, QUICK_PATCHES = 256, 64
 IMAGES, QUICK_IMAGES = 500, 100
@@ -78,8 +77,8 @@ def curves(context: Context, model: BagModel, config: Config, seed: int) -> Curv
     """Cosines and hits per number of patches and image.
 
     Returns:
-        `own`, `other` (plain cosines with the own image's patches and with another's), `centred`,
-        `centred other`, and `found` (1 where the own image is nearest), each [counts, images].
+        `own`, `other` (plain cosines with the own image's patches and with another's), `centered`,
+        `centered other`, and `found` (1 where the own image is nearest), each [counts, images].
     """
     images = QUICK_IMAGES if context.quick else IMAGES
     source, places = context.images.test, context.images.test_indices
@@ -99,13 +98,13 @@ def curves(context: Context, model: BagModel, config: Config, seed: int) -> Curv
     rows: dict[str, list[Tensor]] = {}
     for n in steps(most):
         mean = sums[n - 1] / n
-        centred, target = mean - patch_mean, whole - whole_mean
-        near = F.normalize(centred, dim=1) @ F.normalize(target, dim=1).T
+        centered, target = mean - patch_mean, whole - whole_mean
+        near = F.normalize(centered, dim=1) @ F.normalize(target, dim=1).T
         row = {
             "own": F.cosine_similarity(mean, whole, dim=1),
             "other": F.cosine_similarity(mean, whole.roll(1, dims=0), dim=1),
-            "centred": near.diagonal(),
-            "centred other": F.cosine_similarity(centred, target.roll(1, dims=0), dim=1),
+            "centered": near.diagonal(),
+            "centered other": F.cosine_similarity(centered, target.roll(1, dims=0), dim=1),
             "found": (near.argmax(dim=1).cpu() == torch.arange(len(near))).float(),
         }
         for key, value in row.items():
@@ -119,11 +118,11 @@ def judge(found: dict[str, list[Curves]]) -> dict[str, Difference]:
     def last(name: str, key: str, row: int = -1) -> Tensor:
         return torch.stack([one[key][row] for one in found[name]])
 
-    own = last(TRAINED, "centred")
+    own = last(TRAINED, "centered")
     return {
-        "grows with the number of patches": paired(own - last(TRAINED, "centred", 0)),
-        "own patches beat another image's": paired(own - last(TRAINED, "centred other")),
-        "training beats the random network": paired(own - last(RANDOM, "centred")),
+        "grows with the number of patches": paired(own - last(TRAINED, "centered", 0)),
+        "own patches beat another image's": paired(own - last(TRAINED, "centered other")),
+        "training beats the random network": paired(own - last(RANDOM, "centered")),
         "explains most of the whole (squared cosine above one half)": paired(
             own.sign() * own.square() - CLOSE
         ),
@@ -144,7 +143,7 @@ def text(
     """The paragraphs, from the numbers."""
     images = found[TRAINED][0]["own"].shape[1]
     end = {name: {key: averages(one, key)[-1] for key in one[0]} for name, one in found.items()}
-    start = averages(found[TRAINED], "centred")[0]
+    start = averages(found[TRAINED], "centered")[0]
     listed = "; ".join(
         f"{name}: {part.verdict} ({part.mean:+.3f} ± {part.error:.3f})"
         for name, part in parts.items()
@@ -155,11 +154,11 @@ def text(
         f"on multi-scale crops with {context.base.loss.name}, {len(context.seeds)} seed(s).\n\n"
         f"Plain cosines flatter: the mean of {counts[-1]} patches has cosine {trained['own']:.2f} "
         f"with its own image, but {trained['other']:.2f} with another image, and a random network "
-        f"gives {random['own']:.2f}. After centring over the images the cosine with the own image "
-        f"goes from {start:.2f} (one patch) to {trained['centred']:.2f} ({counts[-1]} patches), "
-        f"{trained['centred other']:+.2f} with another; the random network ends at "
-        f"{random['centred']:.2f}, the network trained on fixed-scale patches at "
-        f"{fixed['centred']:.2f}. The nearest of {images} whole images is the own one for "
+        f"gives {random['own']:.2f}. After centering over the images the cosine with the own image "
+        f"goes from {start:.2f} (one patch) to {trained['centered']:.2f} ({counts[-1]} patches), "
+        f"{trained['centered other']:+.2f} with another; the random network ends at "
+        f"{random['centered']:.2f}, the network trained on fixed-scale patches at "
+        f"{fixed['centered']:.2f}. The nearest of {images} whole images is the own one for "
         f"{trained['found']:.0%} (random network {random['found']:.0%}, fixed-scale training "
         f"{fixed['found']:.0%}).\n\nThe parts of the claim: {listed}.\n\nWhat it does not show: "
         f"that the two coincide. The whole image is seen at a coarser scale than its patches, and "
@@ -168,13 +167,13 @@ def text(
 
 
 def table(found: dict[str, list[Curves]], counts: list[int]) -> Table:
-    """Centred cosine and retrieval per network and number of patches."""
+    """Centered cosine and retrieval per network and number of patches."""
     columns = ["network", "quantity", *(f"N = {n}" for n in counts)]
     names = {
         "own": "cosine, own image",
         "other": "cosine, another image",
-        "centred": "centred cosine, own image",
-        "centred other": "centred cosine, another image",
+        "centered": "centered cosine, own image",
+        "centered other": "centered cosine, another image",
         "found": "own image is the nearest",
     }
     rows: list[list[str | int | float]] = []
@@ -185,16 +184,16 @@ def table(found: dict[str, list[Curves]], counts: list[int]) -> Table:
 
 
 def draw(context: Context, found: dict[str, list[Curves]], counts: list[int]) -> Figure:
-    """Plain cosine, centred cosine, retrieval, against N."""
+    """Plain cosine, centered cosine, retrieval, against N."""
     figure, axes = figures.panels(1, 3, 3.4, 3.2)
-    colours = {TRAINED: figures.WHOLE, FIXED: figures.PATCHES, RANDOM: figures.RANDOM}
-    titles = ("cosine", "cosine of centred features", "own image is the nearest")
-    pairs = (("own", "other"), ("centred", "centred other"), ("found", None))
+    colors = {TRAINED: figures.WHOLE, FIXED: figures.PATCHES, RANDOM: figures.RANDOM}
+    titles = ("cosine", "cosine of centered features", "own image is the nearest")
+    pairs = (("own", "other"), ("centered", "centered other"), ("found", None))
     for axis, title, (own, other) in zip(axes, titles, pairs, strict=True):
         for name, seeds in found.items():
-            axis.plot(counts, averages(seeds, own), "o-", color=colours[name], label=name)
+            axis.plot(counts, averages(seeds, own), "o-", color=colors[name], label=name)
             if other is not None:
-                axis.plot(counts, averages(seeds, other), ":", color=colours[name])
+                axis.plot(counts, averages(seeds, other), ":", color=colors[name])
         figures.patch_axis(axis, counts[::2], "patches averaged, N")
         axis.set_title(title)
         axis.set_ylim(min(-0.1, axis.get_ylim()[0]), 1.02)
@@ -207,7 +206,7 @@ def draw(context: Context, found: dict[str, list[Curves]], counts: list[int]) ->
         "The embedding of the whole image and the mean of its patches' embeddings",
         "Cosine between the whole image's embedding and the mean of N of its patches (solid) or of "
         "another image's (dotted). Left: as they are, where the common mean makes everything "
-        "similar. Middle: centred over the images. Right: how often the own image is the nearest.",
+        "similar. Middle: centered over the images. Right: how often the own image is the nearest.",
     )
 
 

@@ -18,14 +18,20 @@ from typing import Any
 
 import torch
 
-from bagssl_fast import checkpoint, cli, env, ranks
+from bagssl_fast import cli, machine
 from bagssl_fast.config import Config, patch_size, resolve
 from bagssl_fast.data import open_source
-from bagssl_fast.evaluate import Data, load_model, open_data, random_network
-from bagssl_fast.metrics import say
-from bagssl_fast.model import BagModel
-from bagssl_fast.run import prepare
-from bagssl_fast.train import Diverged, train
+from bagssl_fast.distributed import ranks
+from bagssl_fast.evaluation.datasets import Data, open_data
+from bagssl_fast.evaluation.features import random_network
+from bagssl_fast.files import write_atomic
+from bagssl_fast.models.bag_model import BagModel
+from bagssl_fast.models.saved import load_model
+from bagssl_fast.terminal import say
+from bagssl_fast.training import checkpoint
+from bagssl_fast.training.loop import train
+from bagssl_fast.training.meter import Diverged
+from bagssl_fast.training.run import prepare
 
 DONE = "done.json"
 # What each loss wants of its coefficients, where the defaults do not do, and of the projector. With
@@ -47,7 +53,7 @@ class Context:
         base: The recipe that every model is derived from; its `data`, `device` and `threads` hold.
         out: The output directory.
         seeds: Seeds of the trainings, at least one.
-        quick: Whether a look is wanted rather than a measurement.
+        quick: Whether a look is expected rather than a measurement.
         costs: Seconds that the models and scores used by the present study took, by their paths in
             the output directory, whenever they were made.
         spent: Seconds that making some of them has taken by now.
@@ -124,7 +130,7 @@ class Context:
 
     @property
     def images(self) -> Data:
-        """Labelled images for the measurements: a training subset and a test set."""
+        """Labeled images for the measurements: a training subset and a test set."""
         if self._data is None:
             self._data = open_data(self.base)
         return self._data
@@ -171,7 +177,7 @@ class Context:
             raise Stopped(f"stopped in the training of {label or folder.name}")
         seconds = self.made(folder, started)
         text = json.dumps({"seconds": seconds, "steps": run.step}) + "\n"
-        checkpoint.write_atomic(folder / DONE, text.encode())
+        write_atomic(folder / DONE, text.encode())
         for path in (folder / checkpoint.FOLDER).glob("*.pt"):
             path.unlink()  # the exported weights are all that is read from now on
         say(f"  trained {label or folder.name}: {run.step} steps, {seconds} s")
@@ -194,11 +200,11 @@ class Context:
         return model.to(self.device).eval()
 
     def random_model(self, config: Config) -> BagModel:
-        """The same network at its random initialisation, its batch-norm statistics calibrated."""
+        """The same network at its random initialization, its batch-norm statistics calibrated."""
         with contextlib.redirect_stdout(sys.stderr):
             return random_network(config, self.images.train, self.device)
 
 
 def prepare_threads(config: Config) -> None:
     """Sets torch's threads as the configuration wants them."""
-    torch.set_num_threads(config.threads or env.cores())
+    torch.set_num_threads(config.threads or machine.cores())

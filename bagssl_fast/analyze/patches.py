@@ -22,7 +22,7 @@ from bagssl_fast.analyze.bags import (
 from bagssl_fast.analyze.models import Context
 from bagssl_fast.analyze.study import Figure, Result, Study, Table
 from bagssl_fast.analyze.verdict import Difference, difference, mean_spread, percent
-from bagssl_fast.features import CENTER
+from bagssl_fast.evaluation.features import CENTER
 
 # Sides of a patch as fractions of the image's: 8, 12, 16 and 24 pixels of CIFAR's 32.
 SIDES = (0.25, 0.375, 0.5, 0.75)
@@ -135,7 +135,7 @@ def text(
     return (
         f"One network, one loss ({context.base.loss.name}), the same number of steps and of crops "
         f"per step; only the crop differs: a fixed size, or 8 to 100% of the area. Read by a "
-        f"linear probe and by kNN from {bank_images(context)} labelled images, tested on "
+        f"linear probe and by kNN from {bank_images(context)} labeled images, tested on "
         f"{test_images(context)}, {len(context.seeds)} seed(s).\n\n"
         f"Trained on patches of {100 * MAIN_SIDE:g}% of the side, the mean of {best} patches gives "
         f"{percent(many)}% with the linear probe, one patch {percent(one)}%; multi-scale training "
@@ -193,8 +193,8 @@ def draw_counts(
     figure, axes = figures.panels(1, 2, 4.2, 3.4)
     shades = figures.shades(len(fixed))
     for axis, probe in zip(axes, PROBES, strict=True):
-        for (side, scores), colour in zip(fixed.items(), shades, strict=True):
-            figures.line(axis, *curve(scores, "h", probe), colour, side_name(side))
+        for (side, scores), color in zip(fixed.items(), shades, strict=True):
+            figures.line(axis, *curve(scores, "h", probe), color, side_name(side))
         figures.line(axis, *curve(random, "h", probe), figures.RANDOM, "random network")
         center, spread = mean_spread(over_seeds(multi, "h", CENTER, probe))
         figures.level(axis, 100 * center, 100 * spread, "multi-scale, central crop")
@@ -218,11 +218,11 @@ def draw_layers(context: Context, fixed: dict[float, list[Scores]], multi: list[
     figure, axes = figures.panels(1, 2, 4.2, 3.4)
     layers = (("h", "embedding", figures.PATCHES), ("z", "projection", figures.OTHER))
     for axis, probe in zip(axes, PROBES, strict=True):
-        for layer, name, colour in layers:
-            figures.line(axis, *curve(fixed[MAIN_SIDE], layer, probe), colour, name)
+        for layer, name, color in layers:
+            figures.line(axis, *curve(fixed[MAIN_SIDE], layer, probe), color, name)
             center, spread = mean_spread(over_seeds(multi, layer, CENTER, probe))
             label = f"multi-scale, central crop: {name}"
-            figures.level(axis, 100 * center, 100 * spread, label, colour)
+            figures.level(axis, 100 * center, 100 * spread, label, color)
         figures.patch_axis(axis, curve(fixed[MAIN_SIDE], "h", probe)[0])
         axis.set_ylabel("test accuracy, %")
         axis.set_title(f"{PROBE_NAMES[probe]}, {side_name(MAIN_SIDE)}")

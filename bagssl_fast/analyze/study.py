@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 if TYPE_CHECKING:
     from bagssl_fast.analyze.models import Context
 
+# One module per claim; each has a STUDY.
+MODULES = ("patches", "aggregation", "mean", "locality", "cooccurrence", "epochs")
+CLAIMS = "1,2,3,4,5,6"
 Verdict = Literal["holds", "does not hold", "undecided"]
 
 

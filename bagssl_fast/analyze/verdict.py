@@ -59,7 +59,7 @@ def difference(first: Sequence[float], second: Sequence[float], images: int) -> 
     if len(first) != len(second) or not first or images < 1:
         raise ValueError(
             f"difference of {len(first)} and {len(second)} seeds on {images} images: as many "
-            "seeds on both sides, and at least one seed and image are wanted"
+            "seeds on both sides, and at least one seed and image are expected"
         )
     gains = [a - b for a, b in zip(first, second, strict=True)]
     seeds = statistics.variance(gains) / len(gains) if len(gains) > 1 else 0.0
@@ -78,7 +78,9 @@ def paired(values: Tensor) -> Difference:
         ValueError: If it is empty.
     """
     if values.dim() != 2 or values.numel() == 0:
-        raise ValueError(f"paired: values {list(values.shape)}, wanted [seeds, images], not empty")
+        raise ValueError(
+            f"paired: values {list(values.shape)}, expected [seeds, images], not empty"
+        )
     seeds, images = values.shape
     values = values.double()
     error = float(values.mean(dim=0).var()) / images if images > 1 else 0.0

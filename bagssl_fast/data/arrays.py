@@ -25,7 +25,7 @@ def make_source(
     """Checks shapes and types and wraps them."""
     if images.dtype != np.uint8:
         raise ValueError(
-            f"{stem}: images of type {images.dtype}; uint8 values 0 to 255 are wanted (convert "
+            f"{stem}: images of type {images.dtype}; uint8 values 0 to 255 are expected (convert "
             "them, for example by (x * 255).astype('uint8'))"
         )
     if images.ndim == 3:
@@ -38,7 +38,7 @@ def make_source(
         )
         raise ValueError(
             f"{stem}: images of shape {list(images.shape)}; [N, H, W, 3] or [N, H, W, 1] is "
-            f"wanted{hint}"
+            f"expected{hint}"
         )
     if len(images) == 0:
         raise ValueError(f"{stem}: an array of no images")

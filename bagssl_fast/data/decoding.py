@@ -76,9 +76,9 @@ def _decode_with_pillow(data: memoryview | bytes, max_pixels: int) -> NDArray[np
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """The pixels of a PIL image of any mode, uint8 [H, W, 3]."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # Pillow would clip 16-bit grey at 255.
-        grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
-        return np.ascontiguousarray(np.repeat(grey[:, :, None], 3, axis=2))
+        # Pillow would clip 16-bit gray at 255.
+        gray = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        return np.ascontiguousarray(np.repeat(gray[:, :, None], 3, axis=2))
     return np.array(image.convert("RGB"))
 
 

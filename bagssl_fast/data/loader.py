@@ -18,8 +18,9 @@ from bagssl_fast._extension import _C
 from bagssl_fast.augment import Augment
 from bagssl_fast.data.batch import DTYPES, TABLE, Batch, ImageBatch, device_options
 from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image
+from bagssl_fast.data.open import open_source
 from bagssl_fast.data.order import batch_ends, epoch_rows, num_batches
-from bagssl_fast.data.source import Source, check_on_error, open_source
+from bagssl_fast.data.source import Source, check_on_error
 from bagssl_fast.ops import RaggedImages
 
 
@@ -42,7 +43,7 @@ class BagLoader:
         drop_last: Leave out the last images where they do not fill a batch on every rank. Otherwise
             they are dealt out evenly, and ranks may get batches of unequal size, even empty ones.
         seed: Of order and bags; at least 0.
-        dtype: Of the patches: float32, bfloat16, float16, or uint8 (not normalised).
+        dtype: Of the patches: float32, bfloat16, float16, or uint8 (not normalized).
         num_threads: 0 = the CPUs of this process, divided among the node's ranks, less one for a
             consumer that computes on the CPU.
         batches_ahead: Batches made in advance.
@@ -62,7 +63,7 @@ class BagLoader:
         data_wait: Seconds that the consumer has waited for batches so far.
 
     Raises:
-        ValueError: For arguments out of range, with the way out.
+        ValueError: For arguments out of range, and how to fix it.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class BagLoader:
         }
         for name, (value, bound) in least.items():
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise ValueError(f"{name}={value!r}: a whole number is wanted")
+                raise ValueError(f"{name}={value!r}: a whole number is expected")
             if value < bound:
                 raise ValueError(f"{name}={value}: at least {bound} is needed")
         if not 0 <= self.rank < self.world_size:
@@ -165,7 +166,7 @@ class BagLoader:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown: {', '.join(DTYPES)}")
         if not self.augments or not all(isinstance(a, Augment) for a in self.augments):
-            raise ValueError("augment: one Augment or a tuple of at least one is wanted")
+            raise ValueError("augment: one Augment or a tuple of at least one is expected")
         if len({a.size for a in self.augments}) > 1:
             sizes = [a.size for a in self.augments]
             raise ValueError(f"augment: sizes {sizes}; all patches of a bag have one size")
@@ -174,7 +175,7 @@ class BagLoader:
         root = round(self.patches**0.5)
         if self.sampler == "grid" and root * root != self.patches:
             raise ValueError(
-                f'patches={self.patches} with sampler="grid": a square number is wanted, '
+                f'patches={self.patches} with sampler="grid": a square number is expected, '
                 f"{root * root} or {(root + 1) ** 2}"
             )
         if self.sampler == "center" and self.patches != 1:
@@ -187,7 +188,7 @@ class BagLoader:
         if chosen.ndim != 1 or len(chosen) == 0 or chosen.dtype.kind not in "iu":
             raise ValueError(
                 f"indices of shape {list(chosen.shape)} and type {chosen.dtype}: a list of at "
-                "least one whole number is wanted"
+                "least one whole number is expected"
             )
         if chosen.min() < 0 or chosen.max() >= len(self.source):
             raise ValueError(

@@ -37,14 +37,14 @@ def split_images(images: Any) -> Sequence[Any]:
             return list(images.reshape(-1))
         if images.ndim == 4:
             return list(images)
-        # [H, W], [H, W, C] and [C, H, W] are one image, [N, H, W] are grey ones.
+        # [H, W], [H, W, C] and [C, H, W] are one image, [N, H, W] are gray ones.
         one = images.ndim == 2 or (images.ndim == 3 and _channels_axis(images) is not None)
         return [images] if one or images.ndim < 3 else list(images)
     if isinstance(images, Sequence) and not isinstance(images, bytes):
         return images
     if isinstance(images, Iterator):
         return list(images)
-    raise ValueError(f"images: got a {type(images).__name__}; wanted {KINDS}")
+    raise ValueError(f"images: got a {type(images).__name__}; expected {KINDS}")
 
 
 def is_path(item: Any) -> bool:
@@ -72,7 +72,7 @@ def to_array(item: Any, index: int) -> NDArray[np.uint8]:
     if isinstance(item, Tensor):
         item = item.detach().cpu()
     if not hasattr(item, "__array__"):
-        raise ValueError(f"image {index} is a {type(item).__name__}; wanted {KINDS}")
+        raise ValueError(f"image {index} is a {type(item).__name__}; expected {KINDS}")
     array = np.asarray(item)
     if array.dtype != np.uint8:
         hint = (
@@ -82,14 +82,14 @@ def to_array(item: Any, index: int) -> NDArray[np.uint8]:
         )
         raise ValueError(
             f"image {index} is {array.dtype} {list(array.shape)}; uint8 values 0 to 255 are "
-            f"wanted, neither scaled nor normalised{hint}"
+            f"expected, neither scaled nor normalized{hint}"
         )
     whole = array[..., None] if array.ndim == 2 else array
     axis = _channels_axis(whole) if whole.ndim == 3 else None
     if axis is None or whole.size == 0:
         alpha = "; drop an alpha channel by image[..., :3]" if array.shape[-1:] == (4,) else ""
         raise ValueError(
-            f"image {index} has the shape {list(array.shape)}; wanted [H, W, 3], [3, H, W] or "
+            f"image {index} has the shape {list(array.shape)}; expected [H, W, 3], [3, H, W] or "
             f"[H, W]{alpha}"
         )
     whole = np.moveaxis(whole, axis, 2)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from bagssl_fast import ops
-from bagssl_fast.correlation import cross_correlation
-from bagssl_fast.distributed import all_reduce_mean, gather
+from bagssl_fast.distributed.collectives import all_reduce_mean, gather
+from bagssl_fast.losses._correlation import cross_correlation
 
 
 class ShapeError(ValueError, AssertionError):
@@ -32,7 +32,7 @@ def check_pair(name: str, x: Tensor, y: Tensor, ranks: tuple[int, ...] = (2,)) -
     """Raises ShapeError unless x and y are two views [B, ..., D] of at least two images."""
     if x.shape != y.shape or x.dim() not in ranks:
         raise ShapeError(
-            f"{name}: the views are {list(x.shape)} and {list(y.shape)}, wanted two equal shapes "
+            f"{name}: the views are {list(x.shape)} and {list(y.shape)}, expected two equal shapes "
             f"of {' or '.join(map(str, ranks))} dimensions, the batch first, the features last"
         )
     if x.shape[0] < 2 or x.shape[-1] == 0:
@@ -69,10 +69,10 @@ def barlow_pair(
 ) -> Tensor:
     """sum_i (C_ii - 1)^2 + off_diagonal * sum_{i != j} C_ij^2 of two views [B, D].
 
-    As in the hosts, every rank standardises by its own statistics and C is averaged over ranks.
+    As in the hosts, every rank standardizes by its own statistics and C is averaged over ranks.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x, y = _standardised(x), _standardised(y)
+        x, y = _standardized(x), _standardized(y)
         if group is not None and len(x) * dist.get_world_size(group) < x.shape[1]:
             x, y, group = gather(x, 0, group), gather(y, 0, group), None
         if group is None:
@@ -96,6 +96,6 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
     return x.detach() + scale * (x - x.detach())
 
 
-def _standardised(z: Tensor) -> Tensor:
+def _standardized(z: Tensor) -> Tensor:
     z = z if z.dtype == torch.float64 else z.float()
     return F.batch_norm(z, None, None, training=True)

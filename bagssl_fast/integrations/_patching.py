@@ -136,23 +136,23 @@ def seeing(function: Any, names: dict[str, Any]) -> FunctionType:
     return copy
 
 
-def import_host(name: str, host: str, way_out: str) -> ModuleType:
+def import_host(name: str, host: str, how_to_fix: str) -> ModuleType:
     """The host's module.
 
     Raises:
-        ImportError: It cannot be imported; says what was wanted, why not, and the way out.
+        ImportError: It cannot be imported; says what was expected, why not, and how to fix it.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{host}: cannot import {name} ({error}); {way_out}") from error
+        raise ImportError(f"{host}: cannot import {name} ({error}); {how_to_fix}") from error
 
 
 def find_class(host: str, module: Any, name: str) -> type:
     """The host's class.
 
     Raises:
-        ValueError: The module has none; says what was wanted and the way out.
+        ValueError: The module has none; says what was expected and how to fix it.
     """
     found = getattr(module, name, None)
     if not isinstance(found, type):
@@ -170,11 +170,11 @@ def owners(theirs: type, model: nn.Module | None) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, theirs)]
 
 
-def check_signature(host: str, owner: Any, name: str, wanted: tuple[str, ...]) -> None:
+def check_signature(host: str, owner: Any, name: str, needed: tuple[str, ...]) -> None:
     """Refuses a host whose function does not take the arguments that were replaced.
 
     Raises:
-        ValueError: Names what came, what is supported, and the way out.
+        ValueError: Names what came, what is supported, and how to fix it.
     """
     function = getattr(owner, name, None)
     code = getattr(_bare(function), "__code__", None)
@@ -184,10 +184,10 @@ def check_signature(host: str, owner: Any, name: str, wanted: tuple[str, ...]) -
             "docs/swap-in.md; switch this piece off by its argument"
         )
     came = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    if came != wanted:
+    if came != needed:
         raise ValueError(
             f"{host}: {_label(owner)}.{name} takes ({', '.join(came)}), supported is "
-            f"({', '.join(wanted)}), see docs/swap-in.md for versions; switch this piece off by "
+            f"({', '.join(needed)}), see docs/swap-in.md for versions; switch this piece off by "
             "its argument"
         )
 

@@ -41,7 +41,7 @@ class MultiCropLoader(BagLoader):
         **options: The others of `BagLoader`.
 
     Raises:
-        ValueError: For arguments out of range, with the way out.
+        ValueError: For arguments out of range, and how to fix it.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class PatchViews(nn.Module):
         impl: "reference", "cpu" or "cuda"; by default what the device has.
 
     Raises:
-        ValueError: For arguments out of range, with the way out.
+        ValueError: For arguments out of range, and how to fix it.
     """
 
     drawn: Tensor
@@ -152,7 +152,7 @@ class PatchViews(nn.Module):
         if patches < 1 or seed < 0 or not self.augments:
             raise ValueError(
                 f"PatchViews: patches={patches}, seed={seed} and {len(self.augments)} augments, "
-                "wanted at least 1, 0 and 1"
+                "expected at least 1, 0 and 1"
             )
         if names := differing(self.augments):
             raise ValueError(
@@ -215,7 +215,7 @@ def _channels_last(images: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tenso
         return images
     if images.dim() != 4 or images.dtype != torch.uint8:
         raise ValueError(
-            f"PatchViews: images are {images.dtype} {list(images.shape)}, wanted uint8 "
+            f"PatchViews: images are {images.dtype} {list(images.shape)}, expected uint8 "
             "[B, 3, H, W] or [B, H, W, 3]; put it before ToTensor and Normalize"
         )
     if images.shape[3] == 3:

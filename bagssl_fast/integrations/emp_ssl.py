@@ -34,7 +34,7 @@ class TotalCodingRate(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         """X [B, D] -> a scalar."""
         if X.dim() != 2:
-            raise ShapeError(f"TotalCodingRate: X is {list(X.shape)}, wanted [B, D]")
+            raise ShapeError(f"TotalCodingRate: X is {list(X.shape)}, expected [B, D]")
         return -ops.tcr(X[None], eps=self.eps)[0]
 
 
@@ -106,8 +106,8 @@ def apply_to_emp_ssl(
         (similarity, "Similarity_Loss", Similarity_Loss.forward, ("self", "z_list", "z_avg")),
         (head, "encoder", encoder_forward, ("self", "x", "is_test")),
     ]
-    for wanted, name, ours, arguments in methods:
-        if wanted and hasattr(module, name):
+    for needed, name, ours, arguments in methods:
+        if needed and hasattr(module, name):
             theirs = find_class(HOST, module, name)
             check_signature(HOST, theirs, "forward", arguments)
             for owner in owners(theirs, model):
@@ -119,8 +119,8 @@ def apply_to_emp_ssl(
         (tcr, "cal_TCR", cal_TCR, ("z", "criterion", "num_patches")),
         (pool, "chunk_avg", chunk_avg, ("x", "n_chunks", "normalize")),
     ]
-    for wanted, name, function, arguments in functions:
-        if wanted and model is None and hasattr(module, name):
+    for needed, name, function, arguments in functions:
+        if needed and model is None and hasattr(module, name):
             check_signature(HOST, module, name, arguments)
             handle.plan_function(name, module, name, function)
     return handle.commit()
@@ -129,7 +129,7 @@ def apply_to_emp_ssl(
 def _slots(name: str, x: Tensor, num_slots: int) -> Tensor:
     if x.dim() != 2 or num_slots < 1 or len(x) % num_slots:
         raise ShapeError(
-            f"{name}: {list(x.shape)} for {num_slots} patches, wanted [P * B, D], patch by patch "
+            f"{name}: {list(x.shape)} for {num_slots} patches, expected [P * B, D], patch by patch "
             "(all first patches, then all second ones)"
         )
     return x.unflatten(0, (num_slots, -1))

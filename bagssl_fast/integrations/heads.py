@@ -56,7 +56,7 @@ def expander(dims: Iterable[int], *, hidden_bias: bool, last_bias: bool) -> nn.S
     """Linear, BatchNorm1d, ReLU for each pair of sizes but the last, which is Linear alone."""
     pairs = list(itertools.pairwise(dims))
     if not pairs or min(itertools.chain(*pairs)) < 1:
-        raise ValueError(f"projection head: sizes {pairs}, wanted at least two, all at least 1")
+        raise ValueError(f"projection head: sizes {pairs}, expected at least two, all at least 1")
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairs[:-1]:
         layers += [nn.Linear(fan_in, fan_out, bias=hidden_bias), nn.BatchNorm1d(fan_out), nn.ReLU()]

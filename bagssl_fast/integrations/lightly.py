@@ -27,7 +27,7 @@ from bagssl_fast.integrations.heads import check_head, expander, fused_forward
 
 HOST = "lightly"
 _LOSSES, _HEADS = "lightly.loss", "lightly.models.modules.heads"
-_WAY_OUT = "pip install lightly, or use the classes of bagssl_fast.integrations.lightly"
+_HOW_TO_FIX = "pip install lightly, or use the classes of bagssl_fast.integrations.lightly"
 
 
 class VICRegLoss(nn.Module):
@@ -112,7 +112,7 @@ class EMPSSLLoss(nn.Module):
         """The loss of P views [B, D] each, a list or a tensor [P, B, D]."""
         z = z_views if isinstance(z_views, Tensor) else torch.stack(list(z_views))
         if z.dim() != 3:
-            raise ShapeError(f"EMPSSLLoss: z is {list(z.shape)}, wanted P views of [B, D]")
+            raise ShapeError(f"EMPSSLLoss: z is {list(z.shape)}, expected P views of [B, D]")
         tcr = -1.0 if self.host_sign else 1.0
         return _losses.emp_ssl(z, patch_sim=self.inv_coef, tcr=tcr, eps=self.tcr_eps)
 
@@ -146,7 +146,9 @@ class VICRegProjectionHead(ProjectionHead):
     ) -> None:
         super().__init__()
         if num_layers < 2:
-            raise ValueError(f"VICRegProjectionHead: num_layers is {num_layers}, wanted at least 2")
+            raise ValueError(
+                f"VICRegProjectionHead: num_layers is {num_layers}, expected at least 2"
+            )
         dims = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
         self.layers = expander(dims, hidden_bias=False, last_bias=True)
 
@@ -203,10 +205,10 @@ def apply_to_lightly(
         (projection_head, _HEADS, ProjectionHead, ("self", "x")),
     ]
     handle = Handle(HOST)
-    for wanted, module, ours, arguments in pieces:
-        if not wanted:
+    for needed, module, ours, arguments in pieces:
+        if not needed:
             continue
-        theirs = find_class(HOST, import_host(module, HOST, _WAY_OUT), ours.__name__)
+        theirs = find_class(HOST, import_host(module, HOST, _HOW_TO_FIX), ours.__name__)
         check_signature(HOST, theirs, "forward", arguments)
         for owner in owners(theirs, model):
             if ours is ProjectionHead and isinstance(owner, nn.Module):

@@ -12,7 +12,7 @@ from bagssl_fast.integrations._patching import Handle, check_signature, import_h
 from bagssl_fast.integrations.heads import check_head, fused_forward
 
 HOST = "solo-learn"
-_WAY_OUT = (
+_HOW_TO_FIX = (
     "put solo-learn's folder on the path, or use the functions of "
     "bagssl_fast.integrations.solo_learn"
 )
@@ -96,10 +96,10 @@ def apply_to_solo_learn(
         (vicreg, "vicreg", "VICReg", vicreg_loss_func),
         (barlow, "barlow", "BarlowTwins", barlow_loss),
     ]
-    for wanted, module_name, method, ours in pieces:
+    for needed, module_name, method, ours in pieces:
         name = f"{module_name}_loss_func"
-        if wanted:
-            module = import_host(f"solo.losses.{module_name}", HOST, _WAY_OUT)
+        if needed:
+            module = import_host(f"solo.losses.{module_name}", HOST, _HOW_TO_FIX)
             check_signature(HOST, module, name, _arguments(ours))
             if model is None:
                 handle.plan_function(name, module, name, ours)
@@ -120,7 +120,7 @@ def apply_to_solo_learn(
 
 def _plan_class_projector(handle: Handle, module_name: str, method: str) -> None:
     module_name = {"barlow": "barlow_twins"}.get(module_name, module_name)
-    module = import_host(f"solo.methods.{module_name}", HOST, _WAY_OUT)
+    module = import_host(f"solo.methods.{module_name}", HOST, _HOW_TO_FIX)
     theirs = getattr(module, method)
     check_signature(HOST, theirs, "forward", ("self", "X"))
 

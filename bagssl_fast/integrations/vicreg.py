@@ -46,7 +46,9 @@ def Projector(args: Any, embedding: int) -> nn.Sequential:
     try:
         dims = [embedding, *map(int, args.mlp.split("-"))]
     except ValueError as error:
-        raise ValueError(f"--mlp {args.mlp}: wanted sizes joined by '-', 8192-8192-8192") from error
+        raise ValueError(
+            f"--mlp {args.mlp}: expected sizes joined by '-', 8192-8192-8192"
+        ) from error
     return FusedSequential(*expander(dims, hidden_bias=True, last_bias=False))
 
 

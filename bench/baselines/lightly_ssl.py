@@ -1,6 +1,6 @@
 """lightly's transforms and losses in its usual loop: PIL in DataLoader workers.
 
-Its `EMPSSLLoss` adds the coding rate where EMP-SSL subtracts it, which drives towards collapse
+Its `EMPSSLLoss` adds the coding rate where EMP-SSL subtracts it, which drives toward collapse
 (lightly 1.6): here the two functions that it is made of are called with the sign put right. Its
 `VICRegLoss` takes two views; for P of them the functions that it is made of are called, variance
 and covariance on all slots at once, the invariance on every pair.

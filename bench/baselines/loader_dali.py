@@ -1,4 +1,4 @@
-"""DALI's CPU pipeline: decodes only the random box, resizes, mirrors and normalises."""
+"""DALI's CPU pipeline: decodes only the random box, resizes, mirrors and normalizes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The best plain PyTorch that a good engineer would write today, eager or compiled.
 
-torchvision's v2 transforms patch by patch in the workers (one draw per patch is wanted, and v2
-has one draw per call), uint8 from there on, normalised in one go; channels-last; losses over all
+torchvision's v2 transforms patch by patch in the workers (one draw per patch is expected, and v2
+has one draw per call), uint8 from there on, normalized in one go; channels-last; losses over all
 slots at once, by batched products on the shorter side and a batched Cholesky; LARS over all
 tensors at once (lent by us: torch has none).
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from bagssl_fast.optim import build_optimizer
+from bagssl_fast.training.optim import build_optimizer
 from baselines.loader_torchvision import transform
 from baselines.step import Bags, Setup, System, worker_loader
 

@@ -1,4 +1,4 @@
-"""What the training baselines share: the step itself, the plain model, the data, the optimisers.
+"""What the training baselines share: the step itself, the plain model, the data, the optimizers.
 
 A system is one way to take the training steps of a case. It fills in four pieces: `batches` (its
 data path), `encode`, `loss` and `optimizer`; the step that calls them is the same for all.
@@ -121,7 +121,7 @@ class System:
             loss.backward()
             laps.lap("backward")
             self.optimizer.step()
-            laps.lap("optimiser")
+            laps.lap("optimizer")
             yield loss.detach()
 
     def repeated(self) -> Iterator[Any]:
@@ -279,7 +279,7 @@ def cpu_seconds_of_workers() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
 
 
-# --- optimisers, as the authors' scripts step them ------------------------------------------------
+# --- optimizers, as the authors' scripts step them ------------------------------------------------
 
 
 class TensorwiseLARS:

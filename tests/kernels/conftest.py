@@ -18,7 +18,7 @@ if not INTERPRETED:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory is NaN (or 0xAA): what a kernel forgets to write is seen."""
+    """Uninitialized memory is NaN (or 0xAA): what a kernel forgets to write is seen."""
 
     def poison(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def empty(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -7,8 +7,8 @@ from bagssl_fast.kernels import patch_embed as embed
 from tolerances import assert_matches
 from torch import Tensor
 
-from bagssl_fast.reference.linear_bn_relu import linear_bn_relu as block_ref
-from bagssl_fast.reference.patch_embed import patch_embed as embed_ref
+from bagssl_fast.ops.reference.linear_bn_relu import linear_bn_relu as block_ref
+from bagssl_fast.ops.reference.patch_embed import patch_embed as embed_ref
 
 DTYPES = [torch.float32, torch.float16]
 

@@ -8,9 +8,9 @@ from bagssl_fast.kernels import bag_pool, tcr, vicreg
 from tolerances import assert_matches
 from torch import Tensor
 
-from bagssl_fast.reference.bag_pool import bag_pool as bag_pool_ref
-from bagssl_fast.reference.tcr import tcr as tcr_ref
-from bagssl_fast.reference.vicreg import vicreg as vicreg_ref
+from bagssl_fast.ops.reference.bag_pool import bag_pool as bag_pool_ref
+from bagssl_fast.ops.reference.tcr import tcr as tcr_ref
+from bagssl_fast.ops.reference.vicreg import vicreg as vicreg_ref
 
 DTYPES = [torch.float32, torch.float16]
 # Operands of a half-precision product carry 11 bits: what comes of it is that far from the truth.
@@ -179,7 +179,7 @@ def test_conventions_are_those_of_ops(convention):
         (lambda: bag_pool.bag_pool(torch.zeros(1, 1, 16385)), "D <= 16384"),
     ],
 )
-def test_bad_input_names_the_way_out(call, message):
+def test_bad_input_names_the_how_to_fix(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert 'impl="reference"' in str(error.value)

@@ -5,7 +5,7 @@ import torch
 from bagssl_fast.kernels.patch_views import patch_views, ragged
 from torch import Tensor
 
-from bagssl_fast.reference.patch_views import patch_views as reference
+from bagssl_fast.ops.reference.patch_views import patch_views as reference
 
 STATISTICS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
 PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3, "dtype": torch.uint8}
@@ -126,7 +126,7 @@ def test_patches_of_several_tiles():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
-def test_normalised(dtype):
+def test_normalized(dtype):
     sizes = [(21, 18), (18, 21)]
     images, params = photos(sizes), draw(2, sizes, blurs=False)
     options = {"size": 8, **STATISTICS, "dtype": dtype}
@@ -163,7 +163,7 @@ def test_one_buffer_whatever_the_container():
         ({"blur_kernel": 17}, {"blur": 1.0}, "a blur kernel of 17"),
     ],
 )
-def test_bad_input_names_the_way_out(options, columns, message):
+def test_bad_input_names_the_how_to_fix(options, columns, message):
     sizes = [(12, 14)]
     with pytest.raises(ValueError, match=message) as error:
         patch_views(photos(sizes), table(1, sizes, **columns), **{**PLAIN, "size": 8, **options})

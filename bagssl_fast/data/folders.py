@@ -1,0 +1,69 @@
+"""Folders and lists of image files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from bagssl_fast._extension import _C
+from bagssl_fast.data.source import (
+    NameTable,
+    Source,
+    check_labels,
+    fingerprint,
+    is_image_name,
+    label_by_text,
+)
+from bagssl_fast.locate import KINDS
+
+
+def open_folder(root: Path, on_error: str) -> Source:
+    """A folder tree of image files in the order of their names; class = the file's folder."""
+    # Bytes, because names need not be valid in any encoding.
+    base = os.fsencode(root)
+    names: list[bytes] = []
+    parents: list[bytes | None] = []
+    visited: set[bytes] = set()  # links may lead back to a folder above them
+    for folder, subfolders, files in os.walk(base, onerror=_raise, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
+        parent = None if folder == base else os.path.basename(folder)
+        for name in sorted(files):
+            if is_image_name(name):
+                names.append(os.path.relpath(os.path.join(folder, name), base))
+                parents.append(parent)
+    if not names:
+        raise ValueError(f"{root}: no image files in it; give {KINDS}")
+
+    labels, classes = label_by_text(parents)
+    table = NameTable.of(names, prefix=f"{root}{os.sep}")
+    kept = check_labels(labels, table, on_error)
+    if len(kept) < len(names):
+        names = [names[i] for i in kept]
+        labels = labels[kept]
+        table = NameTable.of(names, prefix=f"{root}{os.sep}")
+    native = _C.FileSource([os.path.join(base, name) for name in names])
+    mark = fingerprint(table.blob, table.ends)
+    return Source(native, table, labels if classes else None, classes or None, mark)
+
+
+def open_files(paths: Sequence[str | os.PathLike[str]]) -> Source:
+    """Image files in the order given, without labels.
+
+    Raises:
+        FileNotFoundError: Naming the first that is not there.
+    """
+    names = [os.fsencode(path) for path in paths]
+    for name in names:
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f"{os.fsdecode(name)}: there is no such image file")
+    table = NameTable.of(names)
+    return Source(_C.FileSource(names), table, None, None, fingerprint(table.blob, table.ends))
+
+
+def _raise(error: OSError) -> None:
+    raise error

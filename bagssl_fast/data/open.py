@@ -1,0 +1,71 @@
+"""One way in for data: `open_source` tells what a path or an array is, and opens it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bagssl_fast.data import arrays, demo, tars
+from bagssl_fast.data.folders import open_folder
+from bagssl_fast.data.source import Source, check_on_error
+from bagssl_fast.locate import KINDS, matches, split_suffix
+
+
+def open_source(data: Any, *, labels: Any = None, on_error: str = "raise") -> Source:
+    """Opens a data set as it lies on disk or in memory.
+
+    Args:
+        data: A path: "demo"; a folder (class = name of a file's folder; files directly in it have
+            none); a tar, or a list, glob or folder of tars (class = folder of a member, or its
+            `.cls` member as in WebDataset); `.npy` or `.npz` with uint8 `images` [N, H, W, 3 or 1]
+            and optional `labels`; the folder of torchvision's CIFAR-10, CIFAR-100 or MNIST. For
+            "demo", CIFAR and MNIST a suffix `:train` (default) or `:test` chooses the split. Or a
+            uint8 array or tensor [N, H, W, 3 or 1], which is not copied.
+        labels: Class indices for an array in memory, [N].
+        on_error: "raise", or "skip": members beyond the damage of a broken tar and images without
+            a label in a labeled set are left out, with a warning.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        ValueError: If it holds no images or is of no known kind.
+    """
+    check_on_error(on_error)
+    if isinstance(data, Source):
+        return data
+    if hasattr(data, "__array__") and not isinstance(data, (str, os.PathLike)):
+        return arrays.from_memory(data, labels)
+    if labels is not None:
+        raise ValueError("labels go with an array in memory; files bring their own")
+    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
+        return tars.open_tars([Path(path) for path in data], on_error)
+    if not isinstance(data, (str, os.PathLike)):
+        raise ValueError(f"cannot open a {type(data).__name__}: give {KINDS}")
+
+    path, split = split_suffix(os.fspath(data))
+    if path == "demo":
+        return demo.open_demo(split or "train")
+    return _open_path(path, split, on_error)
+
+
+def _open_path(path: str, split: str | None, on_error: str) -> Source:
+    found, where = matches(path), Path(path)
+    if found != [path]:
+        return tars.open_tars([Path(match) for match in found], on_error)
+    if where.is_dir():
+        torchvision = arrays.open_torchvision(where, split or "train")
+        if torchvision is not None:
+            return torchvision
+    if split is not None:
+        raise ValueError(f"{path}:{split}: only demo, CIFAR and MNIST have splits; give {path}")
+    if where.is_dir():
+        shards = sorted(where.glob("*.tar"))
+        return tars.open_tars(shards, on_error) if shards else open_folder(where, on_error)
+    if where.suffix in (".npy", ".npz"):
+        return arrays.open_numpy(where)
+    if where.name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip")):
+        raise ValueError(f"{path}: compressed archives have no random access; unpack it first")
+    if where.suffix == ".tar":
+        return tars.open_tars([where], on_error)
+    raise ValueError(f"{path}: not a data set of a known kind; give {KINDS}")

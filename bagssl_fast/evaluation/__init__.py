@@ -1,0 +1,1 @@
+"""What an encoder has learned: features of bags, kNN and linear probe, quality without labels."""

@@ -1,0 +1,94 @@
+"""The images of an evaluation: training set, test set, and how the latter is found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bagssl_fast.config import Config
+from bagssl_fast.data import Source, open_source
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of an evaluation; `indices` is None for all of a source."""
+
+    train: Source
+    train_indices: Tensor | None
+    test: Source
+    test_indices: Tensor | None
+    note: str
+
+    @property
+    def labeled(self) -> bool:
+        return self.train.labels is not None and self.test.labels is not None
+
+
+def open_data(config: Config) -> Data:
+    """Finds the images: `test_data`, else the set that the name points to, else a held-out part."""
+    on_error = config.loader.on_error
+    train = open_source(config.data, on_error=on_error)
+    limit, test_limit = config.eval.max_train_images, config.eval.max_test_images
+    found = config.test_data or find_test_data(config.data)
+    generator = torch.Generator().manual_seed(config.seed)
+    if found is not None:
+        test = open_source(found, on_error=on_error)
+        if train.labels is not None and test.labels is not None and train.classes != test.classes:
+            raise ValueError(
+                f"{found} has other classes than {config.data}: {test.classes} and "
+                f"{train.classes}; name the right one with --test-data"
+            )
+        how = "" if config.test_data else " (found by its name)"
+        picked = subset(len(train), limit, generator), subset(len(test), test_limit, generator)
+        note = f"trained on {config.data}, tested on {found}{how}"
+        return Data(train, picked[0], test, picked[1], note)
+    order = torch.randperm(len(train), generator=generator)
+    cut = max(1, round(len(train) * config.eval.test_fraction))
+    held, kept = order[:cut], order[cut:]
+    if len(kept) == 0:
+        raise ValueError(f"{config.data}: {len(train)} images are too few to split; --test-data")
+    note = (
+        f"no test set beside {config.data}: {len(held)} of its images are held out from the probes "
+        "(the encoder has seen them, without labels); name a test set with --test-data"
+    )
+    held = held[: test_limit or None].sort().values
+    return Data(train, kept[: limit or None].sort().values, train, held, note)
+
+
+def find_test_data(data: str) -> str | None:
+    """The test set that a training set's name points to, if it is there.
+
+    `x-train.tar` -> `x-test.tar` (also val), a folder `train` -> `test` or `val` beside it, and the
+    other split of the sets that have their own (demo, CIFAR, MNIST).
+    """
+    if data.endswith(":train"):
+        return data.removesuffix("train") + "test"
+    if data == "demo":
+        return "demo:test"
+    path = Path(data)
+    for word in ("test", "val"):
+        name = path.name.replace("train", word)
+        if name != path.name and path.with_name(name).exists():
+            return str(path.with_name(name))
+    if path.is_dir():
+        try:
+            open_source(f"{data}:test")
+        except (ValueError, OSError):
+            return None
+        return f"{data}:test"
+    return None
+
+
+def subset(size: int, limit: int, generator: torch.Generator) -> Tensor | None:
+    """At most `limit` indices drawn from `size`, in order; None for all of them."""
+    if limit <= 0 or limit >= size:
+        return None
+    return torch.randperm(size, generator=generator)[:limit].sort().values
+
+
+def count(source: Source, indices: Tensor | None) -> int:
+    """Number of images."""
+    return len(source) if indices is None else len(indices)

@@ -1,0 +1,343 @@
+"""Bag features of a data set for evaluation: grids of patches, averaged image by image."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
+
+from bagssl_fast.augment import Augment
+from bagssl_fast.config import Config, patch_size
+from bagssl_fast.data import BagLoader, Source
+from bagssl_fast.models.bag_model import BagModel, build_model
+from bagssl_fast.models.heads import Projector
+
+CALIBRATION_BATCHES = 20
+CENTER = 0  # the "number of patches" of the central crop
+Features = dict[tuple[str, int], Tensor]  # (layer, patches) -> [N, F] in float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is extracted, and how.
+
+    Args:
+        counts: Patches per bag; `CENTER` stands for the central square, whole, at patch size.
+        projection_up_to: Largest count whose patches are projected too; -1 for none.
+        batch_size: Images per forward pass.
+        device: Where the model is.
+        precision: Of the forward pass.
+        num_threads: Of the loader, 0 for its own choice.
+        on_error: What a broken image does.
+    """
+
+    counts: tuple[int, ...]
+    projection_up_to: int
+    batch_size: int
+    device: torch.device
+    precision: torch.dtype = torch.float32
+    num_threads: int = 0
+    on_error: str = "raise"
+
+    def layers(self, count: int) -> tuple[str, ...]:
+        """The layers that are measured at a count."""
+        return ("h", "z") if count <= self.projection_up_to else ("h",)
+
+
+def is_dense(model: BagModel) -> bool:
+    """Whether the backbone encodes all patches of a whole image in one pass."""
+    return hasattr(model.backbone, "dense")
+
+
+def view_size(config: Config) -> int:
+    """Side to which a whole image is brought so that a patch covers what it covered in training.
+
+    Raises:
+        ValueError: If no patch fits.
+    """
+    if config.eval.view:
+        if config.eval.view < patch_size(config):
+            raise ValueError(
+                f"--eval.view {config.eval.view} is smaller than the patch of "
+                f"{patch_size(config)} pixels: no patch fits; 0 chooses the view's size"
+            )
+        return config.eval.view
+    if config.bag.dense:
+        return config.augment.size
+    scale = sum(config.augment.scale) / 2
+    return max(patch_size(config), round(patch_size(config) / math.sqrt(scale)))
+
+
+def dense_grid(count: int, positions: int) -> list[int]:
+    """Rows, and likewise columns, of n x n patches spread evenly over positions x positions."""
+    n = round(math.sqrt(count))
+    if n == 1:
+        return [(positions - 1) // 2]
+    return [round(i * (positions - 1) / (n - 1)) for i in range(n)]
+
+
+def dense_stride(counts: tuple[int, ...], span: int) -> int:
+    """The coarsest stride whose positions, 0 to span pixels, hold the largest grid.
+
+    It also reaches both ends (to a pixel) and has a position in the middle, for the bag of one.
+    """
+    finest = max(round(math.sqrt(count)) for count in counts)
+    for stride in range(span, 1, -1):
+        steps, rest = divmod(span, stride)
+        if steps + 1 >= finest and steps % 2 == 0 and rest <= 1:
+            return stride
+    return 1
+
+
+@torch.inference_mode()
+def extract(
+    model: BagModel, config: Config, source: Source, plan: Plan, indices: Tensor | None = None
+) -> tuple[Features, Tensor | None]:
+    """Features of a data set, averaged over each image's bag.
+
+    Args:
+        model: In eval mode, on `plan.device`.
+        config: Of the run, for sizes, scale and normalization.
+        source: The images.
+        plan: What is expected.
+        indices: Which images, int64; None for all.
+
+    Returns:
+        Features per layer and count, on the device, and the labels [N] (None without labels).
+    """
+    model = fold_batch_norm(model)
+    bags = [count for count in plan.counts if count != CENTER]
+    features: Features = {}
+    labels: Tensor | None = None
+    if CENTER in plan.counts:
+        collected = Collector()
+        for patches, batch_labels in _batches(config, source, plan, indices, "center", 1):
+            h = embed(model, patches[0], plan)[None]
+            collected.add(model, plan, {CENTER: h}, batch_labels)
+        features |= collected.features()
+        labels = collected.labels()
+    if bags and is_dense(model):
+        collected = Collector()
+        means = [count for count in bags if "z" not in plan.layers(count)]
+        for views, batch_labels in _batches(config, source, plan, indices, "center", 0):
+            grids = dense_bags(model, views[0], bags, plan, means)
+            collected.add(model, plan, grids, batch_labels)
+        features |= collected.features()
+        labels = collected.labels()
+    elif bags:
+        for count in bags:
+            collected = Collector()
+            for patches, batch_labels in _batches(config, source, plan, indices, "grid", count):
+                h = embed(model, patches.flatten(0, 1), plan).unflatten(0, patches.shape[:2])
+                collected.add(model, plan, {count: h}, batch_labels)
+            features |= collected.features()
+            labels = collected.labels()
+    return features, labels if source.labels is not None else None
+
+
+@torch.inference_mode()
+def embed_patches(
+    model: BagModel,
+    config: Config,
+    source: Source,
+    plan: Plan,
+    count: int,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """The embedding of every single patch of a grid, not averaged.
+
+    Args:
+        model, config, source, plan, indices: As for `extract`; the plan's counts are not used.
+        count: Patches per image, a square; `CENTER` for the central square.
+
+    Returns:
+        h [P, N, F] in float32, positions in row-major order; P is 1 for the central square.
+    """
+    model = fold_batch_norm(model)
+    parts = []
+    if count != CENTER and is_dense(model):
+        for views, _ in _batches(config, source, plan, indices, "center", 0):
+            parts.append(dense_bags(model, views[0], [count], plan)[count].float())
+    else:
+        kind = "center" if count == CENTER else "grid"
+        for patches, _ in _batches(config, source, plan, indices, kind, max(count, 1)):
+            h = embed(model, patches.flatten(0, 1), plan).float()
+            parts.append(h.unflatten(0, patches.shape[:2]))
+    return torch.cat(parts, dim=1)
+
+
+def fold_batch_norm(model: BagModel) -> BagModel:
+    """A copy in eval mode whose batch norms behind convolutions have become part of these."""
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if not isinstance(module, nn.Sequential):
+            continue
+        for i in range(len(module) - 1):
+            conv, norm = module[i], module[i + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                module[i] = fuse_conv_bn_eval(conv, norm)
+                module[i + 1] = nn.Identity()
+    return model
+
+
+class Collector:
+    """Bag means per layer and count, batch by batch; single patches are dropped at once."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, int], list[Tensor]] = {}
+        self._labels: list[Tensor] = []
+
+    def add(self, model: BagModel, plan: Plan, bags: dict[int, Tensor], labels: Tensor) -> None:
+        """Takes embeddings h [P, B, F] per count, or their mean [1, B, F] if none is projected."""
+        self._labels.append(labels.to(plan.device, copy=True))
+        for count, h in bags.items():
+            self._parts.setdefault(("h", count), []).append(h.float().mean(dim=0))
+            if "z" in plan.layers(count):
+                with torch.autocast(
+                    plan.device.type, plan.precision, plan.precision != torch.float32
+                ):
+                    z = model.project(h)
+                self._parts.setdefault(("z", count), []).append(z.float().mean(dim=0))
+
+    def features(self) -> Features:
+        return {key: torch.cat(parts) for key, parts in self._parts.items()}
+
+    def labels(self) -> Tensor:
+        return torch.cat(self._labels)
+
+
+def dense_bags(
+    model: BagModel, views: Tensor, counts: list[int], plan: Plan, means: Sequence[int] = ()
+) -> dict[int, Tensor]:
+    """Grids of patches of whole views from one dense pass.
+
+    Args:
+        model, plan: As for `extract`.
+        views: [B, C, H, W].
+        counts: Patches per bag, squares.
+        means: Those counts of which the mean over the bag is enough.
+
+    Returns:
+        h [P, B, F] per count; [1, B, F], the mean, for `means`.
+    """
+    patch = int(model.backbone.patch_size)  # type: ignore[arg-type]
+    stride = dense_stride(tuple(counts), views.shape[2] - patch)
+    positions = (views.shape[2] - patch) // stride + 1
+    bags = {}
+    with torch.autocast(plan.device.type, plan.precision, plan.precision != torch.float32):
+        maps = model.backbone.dense_maps(views, stride)  # type: ignore[operator]
+        for count in counts:
+            grid = dense_grid(count, positions)
+            if count in means and isinstance(model.head, Projector):
+                bags[count] = maps.bag(grid)[None]  # its embedding is the backbone's output
+                continue
+            h = model.head.embed(maps.patches(grid))
+            bags[count] = h.float().mean(dim=0, keepdim=True) if count in means else h
+    return bags
+
+
+def embed(model: BagModel, patches: Tensor, plan: Plan) -> Tensor:
+    """Embeddings h [N, F] of patches [N, C, h, w]."""
+    with torch.autocast(plan.device.type, plan.precision, plan.precision != torch.float32):
+        return model.embed(patches)
+
+
+def _batches(
+    config: Config, source: Source, plan: Plan, indices: Tensor | None, kind: str, count: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Unaugmented batches: grids of patches, or central squares (of view size for count 0)."""
+    a = config.augment
+    size = view_size(config) if kind == "center" and count == 0 else patch_size(config)
+    plain = Augment.none(size, a.mean, a.std, a.scale, a.ratio)
+    # As many patches in flight as a batch of training images has.
+    batch_size = plan.batch_size if kind == "center" else max(1, plan.batch_size // count)
+    with BagLoader(
+        source,
+        batch_size=batch_size,
+        patches=max(count, 1),
+        augment=plain,
+        sampler=kind,
+        shuffle=False,
+        drop_last=False,
+        num_threads=plan.num_threads,
+        on_error=plan.on_error,
+        indices=None if indices is None else indices.numpy(),
+        pin_memory=plan.device.type == "cuda",
+    ) as loader:
+        for batch in tqdm(loader, kind, leave=False, disable=not sys.stderr.isatty()):
+            yield batch.patches.to(plan.device), batch.labels
+
+
+@torch.no_grad()
+def calibrate(model: BagModel, batches: Iterator[Tensor]) -> int:
+    """Sets batch-norm statistics to their average over training batches.
+
+    A network at its random initialization still carries mean 0 and variance 1: without this it
+    would be compared in a state that nobody would use it in.
+
+    Args:
+        model: Left in eval mode.
+        batches: Training bags, as `model` takes them.
+
+    Returns:
+        The number of batches.
+    """
+    layers = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    momenta = [layer.momentum for layer in layers]
+    model.train()
+    count = 0
+    for count, bags in enumerate(batches, start=1):
+        for layer in layers:
+            layer.momentum = 1.0 / count  # type: ignore[assignment]
+        model(bags)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    model.eval()
+    return count
+
+
+def random_network(config: Config, source: Source, device: torch.device) -> BagModel:
+    """The network as training found it, its batch-norm statistics taken from training bags."""
+    model = build_model(config, pretrained=False).to(device)
+    odd = config.augment_odd
+    with BagLoader(
+        source,
+        batch_size=min(config.batch_size, len(source)),
+        patches=config.bag.patches,
+        augment=config.augment if odd is None else (config.augment, odd),
+        seed=config.seed,
+        on_error=config.loader.on_error,
+    ) as loader:
+
+        def bags() -> Iterator[Tensor]:
+            for batch in islice(loader, CALIBRATION_BATCHES):
+                yield batch.patches.to(device)
+
+        calibrate(model, bags())
+    return model
+
+
+def make_plan(config: Config, model: BagModel, device: torch.device) -> Plan:
+    """What the configuration asks to extract, as far as an image has so many patches."""
+    bf16 = device.type == "cuda" and config.precision in ("auto", "bf16")
+    counts = sorted(set(config.eval.patches))
+    if is_dense(model):
+        places = (view_size(config) - patch_size(config) + 1) ** 2
+        counts = [count for count in counts if count <= places]
+    return Plan(
+        counts=(CENTER, *counts),
+        projection_up_to=config.eval.projection_patches,
+        batch_size=config.eval.batch_size or (32 if device.type == "cpu" else 256),
+        device=device,
+        precision=torch.bfloat16 if bf16 else torch.float32,
+        num_threads=config.loader.num_threads,
+        on_error=config.loader.on_error,
+    )

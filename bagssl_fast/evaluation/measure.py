@@ -1,0 +1,140 @@
+"""Evaluates a run: bags of several sizes, kNN and linear probe, trained and random network."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagssl_fast.config import Config, patch_size
+from bagssl_fast.distributed import ranks
+from bagssl_fast.evaluation.datasets import Data, count, open_data
+from bagssl_fast.evaluation.features import (
+    CALIBRATION_BATCHES,
+    Features,
+    Plan,
+    extract,
+    make_plan,
+    random_network,
+    view_size,
+)
+from bagssl_fast.evaluation.probes import knn_accuracy, linear_probe
+from bagssl_fast.evaluation.quality import collapse
+from bagssl_fast.evaluation.report import draw, table
+from bagssl_fast.files import write_atomic
+from bagssl_fast.machine import cores
+from bagssl_fast.models.bag_model import BagModel
+from bagssl_fast.models.saved import load_config, load_model
+from bagssl_fast.terminal import say
+
+RANK_ROWS = 2048
+
+
+def evaluate(run_dir: str | os.PathLike[str], config: Config | None = None) -> dict[str, Any]:
+    """Evaluates a run and writes eval.json and eval.png into its directory.
+
+    Args:
+        run_dir: A run directory that `train` made.
+        config: Its configuration, to override; by default the one it holds.
+
+    Returns:
+        What eval.json holds.
+
+    Raises:
+        ValueError, OSError: If the directory holds no model or the data cannot be found.
+    """
+    started = time.monotonic()
+    run_dir = Path(run_dir)
+    config = config or load_config(run_dir)
+    device = ranks.pick_device(config.device)
+    torch.set_num_threads(config.threads or cores())
+    trained, step = load_model(run_dir, config)
+    data = open_data(config)
+    say(f"evaluate {run_dir} (step {step}) on {device}: {data.note}")
+
+    networks = {"trained": trained.to(device)}
+    if config.eval.random:
+        networks["random"] = random_network(config, data.train, device)
+    plan = make_plan(config, trained, device)
+    rows: list[dict[str, Any]] = []
+    for name, model in networks.items():
+        limit = config.eval.random_patches if name == "random" else max(plan.counts)
+        counts = tuple(n for n in plan.counts if n <= limit)
+        rows += measure(name, model, config, data, replace(plan, counts=counts))
+    result = {
+        "run": str(run_dir),
+        "step": step,
+        "train_images": count(data.train, data.train_indices),
+        "test_images": count(data.test, data.test_indices),
+        "classes": data.train.classes,
+        "settings": asdict(config.eval),
+        "notes": notes(config, data, plan),
+        "seconds": round(time.monotonic() - started, 1),
+        "results": rows,
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    write_atomic(run_dir / "eval.json", text.encode())
+    say(table(result))
+    say(draw(result, run_dir / "eval.png"))
+    say(f"written  {run_dir / 'eval.json'} after {result['seconds']} s")
+    return result
+
+
+def measure(
+    name: str, model: BagModel, config: Config, data: Data, plan: Plan
+) -> list[dict[str, Any]]:
+    """One row of results per layer and number of patches."""
+    started = time.monotonic()
+    train, train_labels = extract(model, config, data.train, plan, data.train_indices)
+    test: Features = {}
+    test_labels = None
+    if data.labeled:
+        test, test_labels = extract(model, config, data.test, plan, data.test_indices)
+    say(f"features {name}: {time.monotonic() - started:.1f} s")
+    rows = []
+    for (layer, patches), x in train.items():
+        row: dict[str, Any] = {"network": name, "layer": layer, "patches": patches or "center"}
+        row |= collapse(x, sample=RANK_ROWS)
+        if train_labels is not None and test_labels is not None:
+            arguments = (x, train_labels, test[layer, patches], test_labels)
+            row["knn"] = knn_accuracy(
+                *arguments, k=config.eval.knn_k, temperature=config.eval.knn_t
+            )
+            probe = linear_probe(*arguments, method=config.eval.probe, seed=config.seed)
+            row |= {"linear": probe.accuracy, "linear_held_out": probe.held_out}
+            row["penalty"] = probe.penalty
+        rows.append(row)
+    say(f"probes   {name}: {time.monotonic() - started:.1f} s with the features")
+    return rows
+
+
+def notes(config: Config, data: Data, plan: Plan) -> list[str]:
+    """What a reader of the numbers has to know."""
+    lines = [data.note]
+    if config.eval.random:
+        lines.append(
+            f"random: the network of seed {config.seed} at initialization, its batch-norm "
+            f"statistics averaged over {CALIBRATION_BATCHES} batches of training bags; measured up "
+            f"to {config.eval.random_patches} patches (--random-patches)"
+        )
+    lines.append(
+        f"linear: {config.eval.probe} on standardized features, penalty chosen on held-out "
+        f"training images; kNN: k {config.eval.knn_k}, T {config.eval.knn_t}, cosine"
+    )
+    missing = sorted(set(config.eval.patches) - set(plan.counts))
+    if missing:
+        lines.append(
+            f"left out: bags of {', '.join(map(str, missing))} patches, for which a view of "
+            f"{view_size(config)} pixels has not the room (a patch has {patch_size(config)})"
+        )
+    if not data.labeled:
+        lines.append(
+            "no labels: kNN and linear probe need them (one folder per class, see README); the "
+            "spread and the effective rank of the features are reported all the same"
+        )
+    return lines

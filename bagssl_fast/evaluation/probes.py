@@ -1,0 +1,189 @@
+"""Label probes of frozen features: a weighted kNN and a linear classifier, both exact and quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Strengths of the L2 penalty that the held-out split chooses from, per image and on standardized
+# features.
+RIDGE_GRID = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+LOGISTIC_GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
+HELD_OUT = 0.1  # share of the training rows that a classifier is scored on
+ENOUGH = 500  # rows to choose by; where a tenth is fewer, more tenths take their turn
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    chunk: int = 512,
+) -> float:
+    """Accuracy of the weighted nearest-neighbor vote of Wu et al. (2018).
+
+    Each of the k training images with the largest cosine votes for its class with exp(cosine /
+    temperature).
+
+    Args:
+        train: Features [N, F].
+        train_labels: int64 [N].
+        test: Features [M, F].
+        test_labels: int64 [M].
+        k: Neighbors, clamped to N.
+        temperature: Of the votes.
+        chunk: Test rows at a time; memory is chunk x N words.
+
+    Returns:
+        The fraction of test rows whose class wins the vote.
+    """
+    classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+    bank = F.normalize(train.float(), dim=1).T.contiguous()
+    k = min(k, bank.shape[1])
+    correct = 0
+    for rows, labels in zip(test.split(chunk), test_labels.split(chunk), strict=True):
+        cosine, index = (F.normalize(rows.float(), dim=1) @ bank).topk(k, dim=1)
+        votes = torch.zeros(len(rows), classes, device=rows.device)
+        # A common factor per row changes no winner and keeps exp in range.
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()
+        votes.scatter_add_(1, train_labels[index], weights)
+        correct += int((votes.argmax(dim=1) == labels).sum())
+    return correct / len(test)
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What `linear_probe` found.
+
+    Args:
+        accuracy: On the test rows, of the classifier fitted on all training rows.
+        held_out: Its classifiers' on the training rows that chose the penalty.
+        penalty: The chosen one.
+        correct: Which test rows it gets right, bool [M].
+    """
+
+    accuracy: float
+    held_out: float
+    penalty: float
+    correct: Tensor
+
+
+@torch.no_grad()
+def linear_probe(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    method: str = "ridge",
+    seed: int = 0,
+) -> LinearResult:
+    """Accuracy of a linear classifier on standardized features.
+
+    Of the *training* rows a tenth chooses the penalty, or, where that were fewer than 500 rows, as
+    many tenths as give these, one after the other, up to all ten; the classifier is then fitted on
+    all of them, and the test rows are looked at once.
+
+    Args:
+        train: Features [N, F].
+        train_labels: int64 [N].
+        test: Features [M, F].
+        test_labels: int64 [M].
+        method: ridge (least squares on one-hot classes, in closed form) or logistic (multinomial,
+            L-BFGS).
+        seed: Of the split.
+
+    Raises:
+        ValueError: For an unknown method.
+    """
+    if method not in ("ridge", "logistic"):
+        raise ValueError(f"linear_probe: method {method!r}; supported: ridge, logistic")
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
+    std = torch.where(std > 1e-6 * std.max().clamp(min=1e-12), std, torch.inf)  # drops dead ones
+    train, test = (train - mean) / std, (test - mean) / std
+    classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+
+    grid = RIDGE_GRID if method == "ridge" else LOGISTIC_GRID
+    fit = _ridge_path if method == "ridge" else _logistic_path
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    order = order.to(train.device)
+    tenth = max(1, round(HELD_OUT * len(train)))
+    folds = order.split(tenth)[: max(1, min(-(-ENOUGH // tenth), len(order) // tenth))]
+    hits = torch.zeros(len(grid), dtype=torch.int64)
+    for i, held in enumerate(folds):
+        kept = torch.cat([order[: i * tenth], order[i * tenth + len(held) :]])
+        if len(kept) == 0:
+            kept = held
+        fits = fit(train[kept], train_labels[kept], classes, grid)
+        hits += torch.tensor(
+            [int(_correct(w, train[held], train_labels[held]).sum()) for w in fits]
+        )
+    scores = (hits.double() / sum(len(held) for held in folds)).tolist()
+    best = max(range(len(grid)), key=scores.__getitem__)
+    # The path up to the chosen penalty: logistic regression starts each from the one before.
+    path = grid[best : best + 1] if method == "ridge" else grid[: best + 1]
+    weights = fit(train, train_labels, classes, path)[-1]
+    correct = _correct(weights, test, test_labels)
+    return LinearResult(float(correct.double().mean()), scores[best], grid[best], correct)
+
+
+def _correct(weights: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+    """Which rows weights [F + 1, K], the last row being the bias, get right."""
+    logits = x @ weights[:-1] + weights[-1]
+    return logits.argmax(dim=1) == labels
+
+
+def _ridge_path(x: Tensor, y: Tensor, classes: int, grid: tuple[float, ...]) -> list[Tensor]:
+    """Least squares on one-hot classes with an L2 penalty on all but the bias, per penalty."""
+    mean = x.mean(dim=0)
+    target = F.one_hot(y, classes).float()
+    prior = target.mean(dim=0)
+    # Of centered data: the bias then is the prior's, and is not penalized. The system to solve is
+    # that of the rows where they are fewer than the features.
+    rows = len(x) < x.shape[1]
+    if rows:
+        centered = (x - mean).double()
+        gram, cross = centered @ centered.T / len(x), (target - prior).double() / len(x)
+    else:
+        gram = (x.T @ x).double() / len(x) - torch.outer(mean, mean).double()
+        cross = (x.T @ target).double() / len(x) - torch.outer(mean, prior).double()
+    paths = []
+    for penalty in grid:
+        damped = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=x.device)
+        weights = torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
+        weights = (centered.T @ weights if rows else weights).float()
+        paths.append(torch.cat([weights, (prior - mean @ weights)[None]]))
+    return paths
+
+
+def _logistic_path(x: Tensor, y: Tensor, classes: int, grid: tuple[float, ...]) -> list[Tensor]:
+    """Multinomial logistic regression with an L2 penalty on all but the bias, per penalty."""
+    weights = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
+    path = []
+    for penalty in grid:
+        solver = torch.optim.LBFGS(
+            [weights],
+            max_iter=60,
+            history_size=10,
+            tolerance_change=1e-7,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure(solver: torch.optim.LBFGS = solver, penalty: float = penalty) -> Tensor:
+            solver.zero_grad()
+            with torch.enable_grad():
+                logits = x @ weights[:-1] + weights[-1]
+                loss = F.cross_entropy(logits, y) + penalty / 2 * weights[:-1].square().sum()
+                loss.backward()
+            return loss
+
+        solver.step(closure)
+        path.append(weights.detach().clone())
+    return path

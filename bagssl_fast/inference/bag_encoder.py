@@ -1,0 +1,215 @@
+"""Images in, bag embeddings out: `BagEncoder.from_run(path)(images)`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bagssl_fast._extension import _C
+from bagssl_fast.config import Config, patch_size
+from bagssl_fast.data import Source, open_files, open_source
+from bagssl_fast.data.pixels import is_path, split_images, to_array
+from bagssl_fast.data.source import is_image_name
+from bagssl_fast.distributed import ranks
+from bagssl_fast.evaluation.features import (
+    CENTER,
+    Collector,
+    Plan,
+    dense_bags,
+    embed,
+    extract,
+    fold_batch_norm,
+    is_dense,
+    view_size,
+)
+from bagssl_fast.models import saved
+from bagssl_fast.models.bag_model import BagModel
+
+LAYERS = {"embedding": "h", "projection": "z"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class BagEncoder:
+    """A trained encoder as a function from images to the embeddings of their bags.
+
+    An image's bag is the grid of patches that `python -m bagssl_fast.evaluate` takes, at the same
+    places and scale, and the embedding is the mean over it: `BagEncoder(..., patches=n)` has the
+    numbers of `evaluate --patches n`.
+
+    Args:
+        model: Backbone and head.
+        config: Their configuration; of `augment` the size, scale, ratio and normalization count.
+        patches: Patches per image, a square number n * n; or "center": one patch that shows the
+            whole central square of the image.
+        layer: "embedding" (what evaluation pools) or "projection" (where the loss lives).
+        normalize: Divide each result by its L2 norm.
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        precision: Of the forward pass: fp32, bf16 or fp16 (bf16 is what `evaluate` takes on CUDA).
+        batch_size: Images per forward pass; 0 takes 32 on a CPU (for its caches), else 256. Where
+            patches are encoded one by one, so many patches.
+        num_threads: Threads that decode and cut; 0 for a choice by the machine.
+
+    Attributes:
+        dim: Size of an embedding (or projection).
+
+    Raises:
+        ValueError: For options that do not exist or do not go together.
+    """
+
+    def __init__(
+        self,
+        model: BagModel,
+        config: Config,
+        *,
+        patches: int | str = 16,
+        layer: str = "embedding",
+        normalize: bool = False,
+        device: str = "auto",
+        precision: str = "fp32",
+        batch_size: int = 0,
+        num_threads: int = 0,
+    ) -> None:
+        if layer not in LAYERS or precision not in PRECISIONS:
+            raise ValueError(
+                f"BagEncoder: layer {layer!r} and precision {precision!r}; expected one of "
+                f"{', '.join(LAYERS)}, and one of {', '.join(PRECISIONS)}"
+            )
+        place = ranks.pick_device(device)
+        # What trains beside a model, such as BYOL's targets, stays behind.
+        bare = BagModel(model.backbone, model.head, model.dense, model.stride)
+        self.model = fold_batch_norm(bare).to(place)
+        self.config, self.layer, self.normalize = config, layer, normalize
+        self.patches = patches
+        self.dim = model.embedding_dim if layer == "embedding" else model.projection_dim
+        count = _check_count(patches, config, is_dense(model))
+        self.plan = Plan(
+            counts=(count,),
+            projection_up_to=count if layer == "projection" else -1,
+            batch_size=batch_size or (32 if place.type == "cpu" else 256),
+            device=place,
+            precision=PRECISIONS[precision],
+            num_threads=num_threads,
+        )
+
+    @classmethod
+    def from_run(cls, path: str | os.PathLike[str], **options: Any) -> BagEncoder:
+        """The encoder of a run directory, or of a folder that `bagssl_fast.export` wrote.
+
+        Args:
+            path: It holds model.safetensors and config.json.
+            options: `patches`, `layer` and the others of `BagEncoder`.
+
+        Raises:
+            FileNotFoundError: If these files are not there.
+            ValueError: If they are of another version, or for options that do not exist.
+        """
+        model, config, _ = saved.load_exported(path)
+        return cls(model, config, **options)
+
+    def __call__(self, images: Any) -> Tensor:
+        """Embeds images.
+
+        Args:
+            images: uint8 pixels, neither scaled nor normalized, as numpy arrays or torch tensors:
+                a batch [N, H, W, 3] or [N, 3, H, W], one image ([3, H, W] is one), or a list of
+                images of any sizes; gray is repeated to three channels. PIL images, paths of image
+                files, or lists of them. Or a data set: a `Source`, or the path of anything
+                `open_source` takes.
+
+        Returns:
+            float32 [N, dim] on the CPU, in the order of the images; one image is a batch of one.
+
+        Raises:
+            ValueError, FileNotFoundError: Naming the image and what is wrong with it.
+        """
+        if isinstance(images, Source):
+            return self._finish(self._of_source(images))
+        if is_path(images) and not is_image_name(os.fsencode(images)):
+            return self._finish(self._of_source(open_source(images)))
+        items = split_images(images)
+        if len(items) == 0:
+            return torch.zeros(0, self.dim)
+        if all(is_path(item) for item in items):
+            return self._finish(self._of_source(open_files(items)))
+        return self._finish(self._of_pixels(items))
+
+    def _of_source(self, source: Source) -> Tensor:
+        features, _ = extract(self.model, self.config, source, self.plan)
+        return features[LAYERS[self.layer], self.plan.counts[0]]
+
+    @torch.inference_mode()
+    def _of_pixels(self, items: Sequence[Any]) -> Tensor:
+        """As `extract`, for images that no source holds."""
+        count, collected = self.plan.counts[0], Collector()
+        one_by_one = count != CENTER and not is_dense(self.model)
+        step = max(1, self.plan.batch_size // (count if one_by_one else 1))
+        for begin in range(0, len(items), step):
+            chunk = items[begin : begin + step]
+            arrays = [to_array(item, begin + i) for i, item in enumerate(chunk)]
+            h = self._embed(arrays, count)
+            collected.add(self.model, self.plan, {count: h}, torch.zeros(len(chunk)))
+        return collected.features()[LAYERS[self.layer], count]
+
+    def _embed(self, arrays: list[NDArray[np.uint8]], count: int) -> Tensor:
+        """h [P, B, F] of the bags of images."""
+        crop = self.config.augment
+        sizes = np.array([array.shape[:2] for array in arrays], np.int64)
+        size = patch_size(self.config)
+        if count == CENTER:
+            table = _C.center_views(sizes)
+        elif is_dense(self.model):
+            table, size = _C.center_views(sizes), view_size(self.config)
+        else:
+            spec = _C.AugmentSpec(scale=crop.scale, ratio=crop.ratio)
+            table = _C.grid_views(spec, sizes, patches=count)
+        cut = _C.patch_views(
+            arrays,
+            table,
+            size=(size, size),
+            mean=crop.mean,
+            std=crop.std,
+            num_threads=self.plan.num_threads,
+        )
+        patches = torch.from_numpy(cut).permute(0, 1, 4, 2, 3).to(self.plan.device)
+        if count != CENTER and is_dense(self.model):
+            means = [] if "z" in self.plan.layers(count) else [count]
+            return dense_bags(self.model, patches[0], [count], self.plan, means)[count]
+        h = embed(self.model, patches.flatten(0, 1), self.plan)
+        return h.unflatten(0, patches.shape[:2])
+
+    def _finish(self, x: Tensor) -> Tensor:
+        x = x.cpu().clone()  # outside of inference mode: a probe may be trained on it
+        return F.normalize(x, dim=1) if self.normalize else x
+
+    def __repr__(self) -> str:
+        return (
+            f"BagEncoder({self.config.encoder.name}, patches={self.patches!r}, "
+            f"layer={self.layer!r}, dim={self.dim}, device={str(self.plan.device)!r})"
+        )
+
+
+def _check_count(patches: int | str, config: Config, dense: bool) -> int:
+    """The number of patches, `CENTER` for "center"."""
+    if patches == "center":
+        return CENTER
+    if not isinstance(patches, (int, np.integer)) or patches < 1:
+        raise ValueError(f'BagEncoder: patches {patches!r}; expected 1, 4, 9, 16, ... or "center"')
+    if round(patches**0.5) ** 2 != patches:
+        raise ValueError(
+            f"BagEncoder: patches {patches} is no square: bags are n x n grids, take 1, 4, 9, 16"
+        )
+    if dense:
+        side = view_size(config) - patch_size(config) + 1
+        if patches > side * side:
+            raise ValueError(
+                f"BagEncoder: patches {patches}: a view of {view_size(config)} pixels holds "
+                f"{side * side} patches of {patch_size(config)}; take at most so many"
+            )
+    return int(patches)

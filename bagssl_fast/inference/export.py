@@ -1,0 +1,51 @@
+"""A trained encoder's files for elsewhere: the model, and the backbone under its host's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from bagssl_fast.files import write_atomic
+from bagssl_fast.models import saved
+from bagssl_fast.models.bag_model import BagModel
+from bagssl_fast.models.encoders import ImageBackbone
+from bagssl_fast.models.saved import load_config, load_model
+
+
+def backbone_state(model: BagModel) -> dict[str, Tensor]:
+    """A backbone's weights under the names of the library that made it.
+
+    A network of torchvision or timm comes without its classifier (`fc = nn.Identity()`,
+    `num_classes=0`).
+    """
+    backbone = model.backbone
+    net = backbone.net if isinstance(backbone, ImageBackbone) else backbone
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+
+
+def host(model: BagModel) -> str:
+    """The class of the network whose names `backbone_state` has."""
+    net = getattr(model.backbone, "net", model.backbone)
+    return f"{type(net).__module__}.{type(net).__qualname__}"
+
+
+def export(run: Path, out: Path) -> None:
+    """Writes model.safetensors, config.json and backbone.safetensors.
+
+    Raises:
+        ValueError: If `run` holds no trained model, or is `out`.
+        FileNotFoundError: If `run` does not exist.
+    """
+    if out.resolve() == run.resolve():
+        raise ValueError(f"--out {out} is the run itself; name another folder")
+    if (run / "config.yaml").is_file():
+        config = load_config(run)
+        model, step = load_model(run, config)
+    else:
+        model, config, step = saved.load_exported(run)
+    saved.export(out, model.state_dict(), saved.describe(config, model, step))
+    notes = {"format": "pt", "encoder": config.encoder.name, "host": host(model)}
+    data = safetensors.torch.save(backbone_state(model), metadata=notes)
+    write_atomic(out / "backbone.safetensors", data)

@@ -1,0 +1,59 @@
+"""Losses over bags, as modules: `loss, terms = VICReg()(z)` with z [P, B, D].
+
+`terms` are detached scalars, each named and signed so that a reader of a log knows what is good:
+they are unweighted, and a loss subtracts what should grow. All arithmetic is float32 (float64 if z
+is), also under autocast. With a `group`, every rank returns the loss of the global batch; the
+gradient convention is that of `distributed/collectives.py`: DDP's averaging makes it the gradient
+of one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from bagssl_fast.losses.barlow_twins import BarlowTwins
+from bagssl_fast.losses.byol import BYOL
+from bagssl_fast.losses.emp_ssl import EMPSSL
+from bagssl_fast.losses.info_nce import InfoNCE
+from bagssl_fast.losses.sigreg import SIGReg
+from bagssl_fast.losses.spectral import Spectral
+from bagssl_fast.losses.vicreg import VICReg
+
+__all__ = [
+    "BYOL",
+    "EMPSSL",
+    "LOSSES",
+    "BarlowTwins",
+    "InfoNCE",
+    "SIGReg",
+    "Spectral",
+    "VICReg",
+    "build_loss",
+]
+
+LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "vicreg": VICReg,
+    "emp_ssl": EMPSSL,
+    "spectral": Spectral,
+    "barlow_twins": BarlowTwins,
+    "info_nce": InfoNCE,
+    "byol": BYOL,
+    "sigreg": SIGReg,
+}
+
+
+def build_loss(name: str, **options: Any) -> nn.Module:
+    """The loss of `LOSSES` called `name`, with its options.
+
+    Raises:
+        ValueError: an unknown name or option.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss {name!r} is none of {', '.join(LOSSES)}")
+    try:
+        return LOSSES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"loss {name!r}: {error}") from error

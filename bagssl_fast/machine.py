@@ -1,0 +1,94 @@
+"""The machine and what is installed on it. Every run keeps this as env.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch triton numpy pillow simplejpeg safetensors jsonargparse torchvision timm scikit-image "
+    "matplotlib tensorboard"
+)
+
+
+def report() -> dict[str, Any]:
+    """Versions, machine and settings that decide what a run does and how fast."""
+    import torch
+
+    import bagssl_fast
+
+    return {
+        "bagssl_fast": bagssl_fast.__version__,
+        "git": git_sha(Path(__file__).resolve().parent),
+        "extension": _extension(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES.split()},
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "memory_gb": _memory_gb(),
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "torch_threads": torch.get_num_threads(),
+        "variables": {
+            name: os.environ[name]
+            for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
+            if name in os.environ
+        },
+        "argv": sys.argv,
+    }
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def git_sha(folder: Path) -> str | None:
+    """Commit of the checkout that `folder` lies in, with + for local changes; None outside one."""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def cpu_name() -> str:
+    """The processor's model as the system names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _extension() -> str:
+    try:
+        from bagssl_fast._extension import _C
+    except ImportError as error:
+        return f"not built ({error})"
+    return Path(str(_C.__file__)).name
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError):
+        return None

@@ -1,0 +1,1 @@
+"""Backbones, heads, the model that is trained, and its files."""

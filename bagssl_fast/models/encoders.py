@@ -1,0 +1,151 @@
+"""Backbones by name: what turns patches into embeddings.
+
+A backbone maps normalized patches `[N, 3, h, w]` to embeddings `[N, F]` and knows its `patch_size`
+and `feature_dim`. PatchNet and PatchMLP (`patchnet.py`) are patch-local, hence they also encode
+every patch of a whole image in one pass, `dense(images, stride)`; ResNets and timm models see
+patches one by one.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bagssl_fast import ops
+from bagssl_fast.models.patchnet import PatchMLP, PatchNet
+
+# Up to this patch size ResNets get the CIFAR stem (3x3, stride 1, no pooling).
+CIFAR_STEM_MAX = 64
+
+
+class Conv3x3(nn.Conv2d):
+    """An `nn.Conv2d` of 3x3 with stride 1, padding 1 and no bias that runs as `ops.conv3x3`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[N, C, H, W]` -> `[N, K, H, W]`."""
+        return ops.conv3x3(x, self.weight)
+
+
+def fast_convolutions(net: nn.Module) -> nn.Module:
+    """Lets the convolutions that `Conv3x3` serves run as such, in place.
+
+    Parameters, their names and the memory they lie in stay as they are.
+    """
+    for conv in net.modules():
+        if type(conv) is nn.Conv2d and _is_plain_3x3(conv):
+            conv.__class__ = Conv3x3
+    return net
+
+
+def _is_plain_3x3(conv: nn.Conv2d) -> bool:
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.padding == conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and conv.bias is None
+    )
+
+
+class ImageBackbone(nn.Module):
+    """Wraps a network `[N, 3, h, w] -> [N, F]` with the attributes a backbone has here."""
+
+    def __init__(self, net: nn.Module, patch_size: int, feature_dim: int) -> None:
+        super().__init__()
+        self.net, self.patch_size, self.feature_dim = net, patch_size, feature_dim
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """patches `[N, 3, h, w]` -> embeddings `[N, F]`."""
+        if patches.dim() != 4 or patches.shape[1] != 3:
+            raise ValueError(f"expected patches [N, 3, h, w], got {list(patches.shape)}")
+        return cast(Tensor, self.net(patches))
+
+
+def build_encoder(
+    name: str,
+    patch_size: int = 16,
+    width: int | None = None,
+    pretrained: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Builds a backbone by name.
+
+    Args:
+        name: "patchnet", "patchmlp", "resnet18", "resnet50" (both torchvision's), or a timm name.
+        patch_size: side of the patches it will see, in pixels.
+        width: base width of PatchNet and PatchMLP; their default if not given.
+        pretrained: start from published weights (resnet50 and timm models; may download).
+        options: passed on to the constructor, such as PatchNet's `depth`.
+
+    Raises:
+        ValueError: for an unknown name, a missing package or settings that do not go together.
+    """
+    if patch_size < 1:
+        raise ValueError(f"build_encoder: patch_size {patch_size} must be at least 1 pixel")
+    if name in ("patchnet", "patchmlp"):
+        if pretrained:
+            raise ValueError(f"build_encoder: {name} has no published weights; pretrained=False")
+        if width is not None:
+            options["width"] = width
+        return (PatchNet if name == "patchnet" else PatchMLP)(patch_size, **options)
+    if width is not None:
+        raise ValueError(
+            f"build_encoder: width is for patchnet and patchmlp, {name!r} has fixed widths; "
+            "leave it out"
+        )
+    if name in ("resnet18", "resnet50"):
+        return _torchvision_resnet(name, patch_size, pretrained, options)
+    return _timm_model(name, patch_size, pretrained, options)
+
+
+def _torchvision_resnet(
+    name: str, patch_size: int, pretrained: bool, options: dict[str, Any]
+) -> ImageBackbone:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ValueError(
+            f"build_encoder: {name} comes from torchvision, which is not installed; "
+            "pip install torchvision, or use the encoder 'patchnet'"
+        ) from error
+    small = patch_size <= CIFAR_STEM_MAX
+    if small and pretrained:
+        raise ValueError(
+            f"build_encoder: {name} takes the CIFAR stem for patches up to {CIFAR_STEM_MAX} "
+            f"pixels, which published weights do not fit; pretrained=False or larger patches than "
+            f"{patch_size}"
+        )
+    net = getattr(models, name)(weights="DEFAULT" if pretrained else None, **options)
+    if small:
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    feature_dim = net.fc.in_features
+    net.fc = nn.Identity()
+    return ImageBackbone(fast_convolutions(net), patch_size, feature_dim)
+
+
+def _timm_model(
+    name: str, patch_size: int, pretrained: bool, options: dict[str, Any]
+) -> ImageBackbone:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(
+            f"build_encoder: {name!r} is none of patchnet, patchmlp, resnet18, resnet50; if it is "
+            "a timm model, pip install timm"
+        ) from error
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:5]
+        raise ValueError(
+            f"build_encoder: unknown encoder {name!r}; expected patchnet, patchmlp, resnet18, "
+            "resnet50 or a name that timm.list_models() lists"
+            + (f", such as {', '.join(near)}" if near else "")
+        )
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:
+        options.setdefault("img_size", patch_size)
+    net = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    with torch.no_grad():  # the size of its output is the one thing timm names in several ways
+        feature_dim = net.eval()(torch.zeros(1, 3, patch_size, patch_size)).shape[-1]
+    return ImageBackbone(net.train(), patch_size, feature_dim)

@@ -1,0 +1,1 @@
+"""Training: the run, the loop, optimizer, checkpoints and what a run reports."""

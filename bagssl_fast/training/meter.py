@@ -1,0 +1,102 @@
+"""Counts what passes between two reports, and watches that the loss stays finite."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bagssl_fast.evaluation.quality import collapse
+from bagssl_fast.training import checkpoint
+
+if TYPE_CHECKING:
+    from bagssl_fast.training.run import Run
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+class Meter:
+    """Counts what passed between two reports, and watches the loss."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.finite = torch.ones((), dtype=torch.bool, device=run.ranks.device)
+        self._restart()
+
+    def _restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}  # the loss and its terms, over the steps
+        self.steps = self.images = self.patches = 0
+        self.time, self.wait = time.monotonic(), self.run.loader.data_wait
+
+    def add(self, loss: Tensor, terms: dict[str, Tensor], h: Tensor) -> None:
+        """Takes in one step, before its update."""
+        self.finite &= torch.isfinite(loss.detach())
+        named = {"loss": loss.detach()} | {f"term/{name}": value for name, value in terms.items()}
+        for name, value in named.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
+        self.images += h.shape[1]
+        self.patches += h.shape[0] * h.shape[1]
+
+    def record(self, h: Tensor, z: Tensor) -> dict[str, float]:
+        """The numbers since the last call: means over the ranks, sums for the rates."""
+        run = self.run
+        seconds = max(time.monotonic() - self.time, 1e-9)
+        waited = (run.loader.data_wait - self.wait) / seconds
+        of_h, of_z = collapse(h[0].detach()), collapse(z[0].detach())
+        means = {
+            **{name: float(value) / self.steps for name, value in self.sums.items()},
+            "data_wait": waited,
+            **{f"{key}_h": value for key, value in of_h.items()},
+            **{f"{key}_z": value for key, value in of_z.items()},
+        }
+        sums = [self.images / seconds, self.patches / seconds]
+        means = dict(zip(means, run.ranks.mean(list(means.values())), strict=True))
+        images_per_s, patches_per_s = run.ranks.total(sums)
+        self._restart()
+        return means | {
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "epoch": run.step / run.steps_per_epoch,
+            "images_per_s": images_per_s,
+            "patches_per_s": patches_per_s,
+            "memory_mb": run.ranks.maximum([memory_mb(run.ranks.device)])[0],
+        }
+
+    def raise_if_broken(self, terms: dict[str, Tensor], weights: bool = False) -> None:
+        """Stops the run if a loss was not finite on any rank; checkpoints stay as they are.
+
+        Args:
+            terms: Of the step at hand, to name the culprit.
+            weights: Look at the weights too, before they are saved.
+        """
+        run = self.run
+        finite = bool(self.finite)
+        if weights:
+            tensors = [v for v in run.model.state_dict().values() if v.is_floating_point()]
+            finite &= bool(torch.stack([v.isfinite().all() for v in tensors]).all())
+        if run.ranks.maximum([float(not finite)])[0] == 0:
+            return
+        bad = [f"{k} = {float(v)}" for k, v in terms.items() if not math.isfinite(float(v))]
+        if not bad:
+            bad = ["the sum of the terms" if not self.finite else "a weight after the update"]
+        kept = checkpoint.latest(run.run_dir)
+        raise Diverged(
+            f"near step {run.step + 1}: the loss is not finite ({', '.join(bad)}); last good "
+            f"state: {kept or 'none was saved yet'}. A lower --optim.lr, a longer "
+            "--optim.warmup_epochs, --optim.clip_grad 1 or --precision fp32 usually help"
+        )
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory so far: of the GPU on CUDA, of this process elsewhere, in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,274 @@
+"""A run: all that the training loop works on, made from a configuration, saved and restored."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bagssl_fast import cli, machine, ops
+from bagssl_fast.augment import differing
+from bagssl_fast.config import Config, check, number_of_slots
+from bagssl_fast.data import BagLoader, Source, open_source
+from bagssl_fast.distributed.ranks import Ranks
+from bagssl_fast.distributed.sync_bn import share_batch_norm
+from bagssl_fast.files import write_atomic
+from bagssl_fast.losses import build_loss
+from bagssl_fast.models import saved
+from bagssl_fast.models.bag_model import BagModel, build_model
+from bagssl_fast.terminal import say
+from bagssl_fast.training import checkpoint
+from bagssl_fast.training.optim import WeightAverage, build_optimizer
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Run:
+    """What the loop works on; `step` counts the steps done."""
+
+    config: Config
+    ranks: Ranks
+    run_dir: Path
+    source: Source
+    loader: BagLoader
+    model: BagModel
+    forward: nn.Module  # the model, compiled and distributed as asked
+    loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: WeightAverage | None  # with --ema
+    precision: torch.dtype
+    total_steps: int
+    step: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.loader)
+
+    def seek(self, epoch: int, step: int) -> None:
+        """Lets the loader's next iteration begin at a step of an epoch."""
+        self.loader.load_state_dict(self.loader.state_dict() | {"epoch": epoch, "step": step})
+
+
+def prepare(config: Config, me: Ranks) -> Run:
+    """Checks a configuration and makes all that its run needs, cheap and likely mistakes first.
+
+    Raises:
+        ValueError, OSError: For what the user can put right; nothing is written by then.
+    """
+    check(config)
+    threads = config.threads or max(
+        1, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )
+    torch.set_num_threads(threads)
+    ops.set_impl(None if config.impl == "auto" else config.impl)
+    if config.batch_size % me.world_size:
+        raise ValueError(
+            f"--batch_size {config.batch_size} is over all {me.world_size} processes and cannot be "
+            f"shared equally; take a multiple of {me.world_size}"
+        )
+    run_dir = choose_run_dir(config, me)
+    config = replace(config, run_dir=str(run_dir))
+    found = checkpoint.find(config.resume, run_dir)
+    state = checkpoint.load(found) if found else None
+
+    model = build_model(config).to(me.device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.sync_bn and me.group is not None:
+        share_batch_norm(model, me.group)
+    loss = build_loss(config.loss.name, group=me.group, **config.loss.options).to(me.device)
+    optimizer = build_optimizer(model, config.optim)
+    if config.cuda_graph and (me.device.type != "cuda" or me.group or loss.state_dict()):
+        raise ValueError(
+            f"--cuda_graph true on {me.device} x {me.world_size} with the loss {config.loss.name}: "
+            "it takes one GPU and a loss without a state; leave it out (--compile true also saves "
+            "launches)"
+        )
+
+    source = open_source(config.data, on_error=config.loader.on_error)
+    if config.eval.enabled and config.test_data is not None:
+        open_source(config.test_data, on_error=config.loader.on_error)  # to fail now, not then
+    images = min(config.max_images or len(source), len(source))
+    if images < config.batch_size:
+        raise ValueError(
+            f"--batch_size {config.batch_size} is larger than the data set, {images} images "
+            f"in {config.data}: take at most {images}, or more images"
+        )
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if me.device.type == "cuda" else "fp32"
+    loader = make_loader(config, source, me, precision, threads)
+
+    run = Run(
+        config=config,
+        ranks=me,
+        run_dir=run_dir,
+        source=source,
+        loader=loader,
+        model=model,
+        forward=distribute(model, config, me),
+        loss=loss,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(me.device.type, enabled=precision == "fp16"),
+        average=WeightAverage(model, config.ema) if config.ema else None,
+        precision=PRECISIONS[precision],
+        total_steps=config.max_steps or config.epochs * len(loader),
+    )
+    run.total_steps = min(run.total_steps, config.epochs * len(loader))
+    if state is not None:
+        restore(run, state)
+    if me.is_main:
+        checkpoint.open_run_dir(run_dir, config.resume, config.overwrite)
+        write_atomic(run_dir / "config.yaml", cli.to_yaml(config).encode())
+        text = json.dumps(machine.report(), indent=2) + "\n"
+        write_atomic(run_dir / "env.json", text.encode())
+        introduce(run, found)
+    return run
+
+
+def choose_run_dir(config: Config, me: Ranks) -> Path:
+    """The run directory: as named, that of the checkpoint to resume, or a fresh one under runs/."""
+    if config.run_dir is not None:
+        return Path(config.run_dir)
+    if config.resume == "auto":
+        raise ValueError(
+            "--resume auto looks in the run directory: name it with --run_dir, or give "
+            "--resume the run directory itself"
+        )
+    if config.resume != "never":
+        path = Path(config.resume)
+        return path if path.is_dir() else path.parent.parent
+    name = f"runs/{config.name or config.encoder.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Path(me.from_main(name))
+
+
+def make_loader(
+    config: Config, source: Source, me: Ranks, precision: str, threads: int
+) -> BagLoader:
+    """The loader of this rank's share of every batch."""
+    dtype = config.loader.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if precision == "bf16" and me.device.type == "cuda" else "float32"
+    odd = config.augment_odd
+    indices = None
+    if 0 < config.max_images < len(source):
+        generator = torch.Generator().manual_seed(config.seed)
+        indices = torch.randperm(len(source), generator=generator)[: config.max_images].numpy()
+    augments = (config.augment,) if odd is None else (config.augment, odd)
+    views = config.loader.views
+    if views == "auto":
+        by_kernel = me.device.type == "cuda" and config.impl in ("auto", "cuda")
+        by_kernel = by_kernel and find_spec("triton") is not None and not differing(augments)
+        views = "device" if by_kernel else "host"
+    return BagLoader(
+        source,
+        batch_size=config.batch_size // me.world_size,
+        patches=config.bag.patches,
+        augment=augments,
+        sampler="random",
+        shuffle=True,
+        drop_last=True,
+        seed=config.seed,
+        dtype=dtype,
+        num_threads=config.loader.num_threads or threads,
+        batches_ahead=config.loader.batches_ahead,
+        rank=me.rank,
+        world_size=me.world_size,
+        on_error=config.loader.on_error,
+        pin_memory=me.device.type == "cuda",
+        indices=indices,
+        views=views,
+    )
+
+
+def distribute(model: BagModel, config: Config, me: Ranks) -> nn.Module:
+    """The model as the loop calls it: averaged over ranks, compiled, as asked."""
+    forward: nn.Module = model
+    if me.group is not None:
+        # Batch norms that do not share their statistics take rank 0's every step, DDP's default.
+        devices = [me.device.index] if me.device.type == "cuda" else None
+        forward = DistributedDataParallel(model, devices, process_group=me.group)
+    return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]
+
+
+def introduce(run: Run, found: Path | None) -> None:
+    """The first lines of a run: what is trained on what, how, and where it goes."""
+    config, device = run.config, run.ranks.device
+    weights = sum(p.numel() for p in run.model.parameters())
+    classes = f", {len(run.source.classes)} classes" if run.source.classes else ""
+    say(f"run      {run.run_dir}" + (f", resumed from {found}" if found else ""))
+    used = f"{config.max_images} of " if 0 < config.max_images < len(run.source) else ""
+    say(f"data     {config.data}: {used}{len(run.source)} images{classes}")
+    say(
+        f"model    {config.encoder.name} + {config.head.name}, {weights / 1e6:.2f} M weights; "
+        f"loss {config.loss.name} over {number_of_slots(config)} slots"
+    )
+    say(
+        f"device   {device} x {run.ranks.world_size}, {run.precision}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    say(f"steps    {run.step} of {run.total_steps} done, {run.steps_per_epoch} per epoch")
+    say(ops.table())
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """All that decides the trained weights, to compare on resuming."""
+    return cli.identity(run.config) | {"data.fingerprint": str(run.source.fingerprint)}
+
+
+def save(run: Run) -> None:
+    """Writes a checkpoint, the exported model and the list of skipped images."""
+    if run.loader.skipped:
+        name = "skipped.txt" if run.ranks.is_main else f"skipped-{run.ranks.rank}.txt"
+        lines = "".join(f"{image}\t{reason}\n" for image, reason in run.loader.skipped)
+        write_atomic(run.run_dir / name, lines.encode())
+    if not run.ranks.is_main:
+        return
+    epoch, offset = divmod(run.step, run.steps_per_epoch)
+    state = {
+        "identity": identity(run),
+        "step": run.step,
+        "loader": {"epoch": epoch, "step": offset},
+        "model": run.model.state_dict(),
+        "loss": run.loss.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "average": run.average.weights if run.average else {},
+        "rng": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    checkpoint.save(run.run_dir, run.step, state, run.config.keep_checkpoints)
+    weights = run.average.weights if run.average else run.model.state_dict()
+    saved.export(run.run_dir, weights, saved.describe(run.config, run.model, run.step))
+
+
+def restore(run: Run, state: dict[str, Any]) -> None:
+    """Puts a run where a checkpoint left it.
+
+    Raises:
+        ValueError: If the configuration is another one.
+    """
+    checkpoint.compare(state["identity"], identity(run))
+    run.step = state["step"]
+    run.model.load_state_dict(state["model"])
+    run.loss.load_state_dict(state.get("loss", {}))  # checkpoints of 0.1.0 have none
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    if run.average is not None:
+        run.average.load(state["average"])
+    if run.ranks.is_main:
+        torch.set_rng_state(state["rng"])
+        for i, rng in enumerate(state["rng_cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(rng, i)
+    else:
+        torch.manual_seed(run.config.seed + 7919 * run.ranks.rank + run.step)
