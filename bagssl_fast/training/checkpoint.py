@@ -6,7 +6,6 @@ only. Checkpoints are read with `weights_only=True`: nothing in them is executed
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 
+from bagssl_fast.files import write_atomic
+
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step_(\d+)\.pt")
 
@@ -22,13 +23,7 @@ _NAME = re.compile(r"step_(\d+)\.pt")
 def save(run_dir: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     """Saves a training state as checkpoints/step_<step>.pt and drops all but the newest `keep`."""
     path = run_dir / FOLDER / f"step_{step:09d}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomic(path, lambda file: torch.save(dict(state), file))
     for old in _all(run_dir)[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -51,7 +46,7 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint.
 
     Raises:
-        ValueError: If the file is no checkpoint of ours or is damaged.
+        ValueError: If the file is damaged or is not a checkpoint of ours.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -60,7 +55,7 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({error}); delete it to resume from the one "
-            "before, or start afresh with --resume never --overwrite true"
+            "before, or start over with --resume never --overwrite true"
         ) from error
     if not isinstance(state, dict) or "identity" not in state:
         raise ValueError(f"{path} is not a checkpoint of bagssl_fast.train")

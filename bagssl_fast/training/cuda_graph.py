@@ -1,7 +1,7 @@
 """Forward, loss and backward of a training step as one CUDA graph.
 
-Where a step is many small kernels the host cannot launch them as fast as the GPU ends them. A
-graph's launch costs the host the same however many kernels are in it.
+In a step of many small kernels, the host cannot launch them as fast as the GPU finishes them. A
+graph's launch costs the host the same however many kernels it holds.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # steps before the capture: libraries choose their kernels and set memory aside
+WARM_UP = 3  # steps before the capture: libraries choose their kernels and allocate memory
 
 
 class Computed(NamedTuple):
-    """What a step computes before the optimizer's turn; the gradients are in the parameters."""
+    """What a step computes before the optimizer runs; the gradients are in the parameters."""
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -27,10 +27,11 @@ class Computed(NamedTuple):
 class GraphedStep:
     """A step that is captured once and replayed from then on.
 
-    The first steps run as they come, on a stream beside, as a capture wants them. What `step` does
-    on the host is done at the capture only: it must be the same every time, wait for nothing on the
-    device and set the gradients to None before its backward, so that replays write them afresh
-    where the capture left them. h and z are overwritten by the next call.
+    The first steps run uncaptured on a side stream, which warms up libraries and the allocator as
+    a capture requires. What `step` does on the host happens at the capture only: it must be the
+    same every time, must not wait for the device, and must set the gradients to None before its
+    backward, so that replays write new gradients into the memory of the captured ones. h and z are
+    overwritten by the next call.
 
     Args:
         step: Patches of one shape on a CUDA device -> `Computed`.
@@ -45,7 +46,7 @@ class GraphedStep:
     def __call__(self, patches: Tensor) -> Computed:
         self.steps += 1
         if self.steps <= WARM_UP:
-            return self._beside(patches)
+            return self._on_side_stream(patches)
         if self.graph is None:
             self._capture(patches)  # which computes nothing
         self.patches.copy_(patches)
@@ -53,12 +54,12 @@ class GraphedStep:
         loss, terms, h, z = self.computed
         return Computed(loss.clone(), {name: x.clone() for name, x in terms.items()}, h, z)
 
-    def _beside(self, patches: Tensor) -> Computed:
-        current, beside = self.cuda.current_stream(), self.cuda.Stream()
-        beside.wait_stream(current)
-        with self.cuda.stream(beside):
+    def _on_side_stream(self, patches: Tensor) -> Computed:
+        current, side = self.cuda.current_stream(), self.cuda.Stream()
+        side.wait_stream(current)
+        with self.cuda.stream(side):
             computed = self.step(patches)
-        current.wait_stream(beside)
+        current.wait_stream(side)
         return computed
 
     def _capture(self, patches: Tensor) -> None:
