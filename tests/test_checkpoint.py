@@ -1,5 +1,6 @@
 """Files of a run directory survive kills, refuse damage, and are found again."""
 
+import os
 import pickle
 
 import pytest
@@ -30,7 +31,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, 2, state(2), keep=1)
     with pytest.raises(KeyboardInterrupt):
