@@ -10,4 +10,6 @@ except ImportError as error:
         "by `pip install -e .` in the root of the repository."
     ) from None
 
+_C.simd_level()  # refuses a bad BAGSSL_SIMD here, not in a thread of the loader
+
 __all__ = ["_C"]

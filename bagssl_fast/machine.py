@@ -25,7 +25,7 @@ def report() -> dict[str, Any]:
     return {
         "bagssl_fast": bagssl_fast.__version__,
         "git": git_sha(Path(__file__).resolve().parent),
-        "extension": _extension(),
+        **_extension(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES.split()},
         "platform": platform.platform(),
@@ -72,12 +72,12 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _extension() -> str:
+def _extension() -> dict[str, str | None]:
     try:
         from bagssl_fast._extension import _C
     except ImportError as error:
-        return f"not built ({error})"
-    return Path(str(_C.__file__)).name
+        return {"extension": f"not built ({error})", "simd": None}
+    return {"extension": Path(str(_C.__file__)).name, "simd": _C.simd_level()}
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,7 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "simd.h"
 
 namespace bagssl {
 void register_conv(pybind11::module_& m);    // bindings_conv.cpp
@@ -9,6 +12,11 @@ void register_views(pybind11::module_& m);   // bindings_views.cpp
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ data path of bagssl_fast.";
+  m.def("simd_levels", &bagssl::simd_levels,
+        "The SIMD levels that this machine can run, lowest first.");
+  m.def("simd_level", &bagssl::simd_level_name, "The level in force.");
+  m.def("force_simd_level", &bagssl::force_simd_level, pybind11::arg("name"),
+        "Puts a level in force for the whole process, for tests; None: what it began with.");
   bagssl::register_conv(m);
   bagssl::register_loader(m);
   bagssl::register_ops(m);

@@ -11,7 +11,6 @@
 
 #include "patch_views.h"
 #include "philox.h"
-#include "pixel_ops.h"
 #include "thread_pool.h"
 #include "view_params.h"
 
@@ -245,9 +244,6 @@ void register_views(py::module_& m) {
         "as its bits in uint16. num_threads: 0 for all CPUs.");
   m.def("auto_blur_kernel", &auto_blur_kernel, py::arg("height"), py::arg("width"));
   m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
-  m.def("pixel_ops_name", [] { return pixel_ops().name; }, "The instruction set in use.");
-  m.def("force_baseline", &force_baseline, py::arg("force"),
-        "For tests: use the loops every processor of this architecture can run.");
 }
 
 }  // namespace bagssl

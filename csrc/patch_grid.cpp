@@ -5,12 +5,6 @@
 #include <memory>
 #include <vector>
 
-#include "instruction_set.h"
-
-#ifdef BAGSSL_HAS_V3
-#include <immintrin.h>
-#endif
-
 namespace bagssl {
 namespace {
 
@@ -27,16 +21,15 @@ struct TileScratch {
   T *cosine_sums, *sine_sums;  // [2, distances]
 };
 
-namespace baseline {
-#include "patch_grid_body.h"
-}  // namespace baseline
+}  // namespace
+}  // namespace bagssl
 
-#ifdef BAGSSL_HAS_V3
-#define BAGSSL_V3 1
-namespace v3 {
-#include "patch_grid_body.h"
-}  // namespace v3
-#endif
+#define BAGSSL_BODY "patch_grid_body.h"
+#define BAGSSL_UP_TO_AVX2  // a line is two vectors there
+#include "simd_levels.h"
+
+namespace bagssl {
+namespace {
 
 /// The scratch of one thread and its memory.
 template <typename T>
@@ -85,10 +78,7 @@ void for_each_tile(const PatchGrid<T>& grid, ThreadPool& pool, const Work& work)
 template <typename T>
 void patch_grid(const PatchGrid<T>& grid, const T* weight, const T* bias, bool relu, T* y,
                 ThreadPool& pool) {
-  auto* tile = &baseline::forward_tile<T>;
-#ifdef BAGSSL_HAS_V3
-  if (use_v3()) tile = &v3::forward_tile<T>;
-#endif
+  const auto tile = BAGSSL_PICK(forward_tile<T>);
   for_each_tile(grid, pool, [&](int64_t first, int64_t columns, const TileScratch<T>& scratch) {
     tile(grid, weight + first, bias == nullptr ? nullptr : bias + first, relu, y + first, columns,
          scratch);
@@ -98,10 +88,7 @@ void patch_grid(const PatchGrid<T>& grid, const T* weight, const T* bias, bool r
 template <typename T>
 void patch_grid_backward(const PatchGrid<T>& grid, const T* dy, const T* y, T* dweight, T* dbias,
                          ThreadPool& pool) {
-  auto* tile = &baseline::backward_tile<T>;
-#ifdef BAGSSL_HAS_V3
-  if (use_v3()) tile = &v3::backward_tile<T>;
-#endif
+  const auto tile = BAGSSL_PICK(backward_tile<T>);
   for_each_tile(grid, pool, [&](int64_t first, int64_t columns, const TileScratch<T>& scratch) {
     tile(grid, dy + first, y == nullptr ? nullptr : y + first, dweight + first, dbias + first,
          columns, scratch);

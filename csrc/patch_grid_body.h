@@ -1,55 +1,13 @@
-// The loops of patch_grid.h over one tile: kWidth columns of the result, a cache line. Included
-// once per instruction set inside a namespace, with BAGSSL_V3 set or not; hence no include guard
-// and nothing from std.
+// The loops of patch_grid.h over one tile: kWidth columns of the result, a cache line. Once per
+// SIMD level: see simd_levels.h.
 //
 // Two images at a time, so that a weight is read once for both. For each frequency across: the
 // products of spectra, folded into sums and differences of frequencies v and -v, then the transform
 // along the height by two real matrices, cosines for the sums and sines for the differences, at
 // distances from the center: positions at either side share them. Then the same along the width.
 
-#ifdef BAGSSL_V3
-constexpr int kVectorBytes = 32;
-#define BAGSSL_TARGET __attribute__((target("avx2,fma")))
-#else
-constexpr int kVectorBytes = 16;
-#define BAGSSL_TARGET
-#endif
-#define BAGSSL_INLINE BAGSSL_TARGET inline __attribute__((always_inline))
-
 constexpr int kVectors = 64 / kVectorBytes;  // in a line
 constexpr int kMostRows = 12 / kVectors;     // sums in registers
-
-template <typename T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
-};
-template <typename T>
-using Vector = typename VectorOf<T>::type;
-
-#ifdef BAGSSL_V3
-/// x * y + z and z - x * y, rounded once.
-BAGSSL_INLINE Vector<float> plus(Vector<float> z, Vector<float> x, Vector<float> y) {
-  return _mm256_fmadd_ps(x, y, z);
-}
-BAGSSL_INLINE Vector<double> plus(Vector<double> z, Vector<double> x, Vector<double> y) {
-  return _mm256_fmadd_pd(x, y, z);
-}
-BAGSSL_INLINE Vector<float> minus(Vector<float> z, Vector<float> x, Vector<float> y) {
-  return _mm256_fnmadd_ps(x, y, z);
-}
-BAGSSL_INLINE Vector<double> minus(Vector<double> z, Vector<double> x, Vector<double> y) {
-  return _mm256_fnmadd_pd(x, y, z);
-}
-#else
-template <typename V>
-BAGSSL_INLINE V plus(V z, V x, V y) {
-  return z + x * y;
-}
-template <typename V>
-BAGSSL_INLINE V minus(V z, V x, V y) {
-  return z - x * y;
-}
-#endif
 
 /// A line of memory in registers.
 template <typename T>
@@ -58,52 +16,43 @@ struct Line {
 };
 
 template <typename T>
-BAGSSL_INLINE Line<T> load(const T* from) {
+BAGSSL_INLINE Line<T> load_line(const T* from) {
   // Vector by vector: a copy of the whole would keep it in memory.
   Line<T> line;
-  for (int j = 0; j < kVectors; ++j) {
-    __builtin_memcpy(&line.v[j], from + j * (kWidth<T> / kVectors), kVectorBytes);
-  }
+  for (int j = 0; j < kVectors; ++j) line.v[j] = load(from + j * (kWidth<T> / kVectors));
   return line;
 }
 
 template <typename T>
-BAGSSL_INLINE void store(T* to, const Line<T>& line) {
-  for (int j = 0; j < kVectors; ++j) {
-    __builtin_memcpy(to + j * (kWidth<T> / kVectors), &line.v[j], kVectorBytes);
-  }
+BAGSSL_INLINE void store_line(T* to, const Line<T>& line) {
+  for (int j = 0; j < kVectors; ++j) store(to + j * (kWidth<T> / kVectors), line.v[j]);
 }
 
 /// The first `count` values of a line; the others are zero, or left alone.
 template <typename T>
-BAGSSL_INLINE Line<T> load_some(const T* from, int64_t count) {
-  if (count == kWidth<T>) return load(from);
+BAGSSL_INLINE Line<T> load_part(const T* from, int64_t count) {
+  if (count == kWidth<T>) return load_line(from);
   T values[kWidth<T>] = {};
   for (int64_t i = 0; i < count; ++i) values[i] = from[i];
-  return load(values);
+  return load_line(values);
 }
 
 template <typename T>
-BAGSSL_INLINE void store_some(T* to, const Line<T>& line, int64_t count) {
-  if (count == kWidth<T>) return store(to, line);
+BAGSSL_INLINE void store_part(T* to, const Line<T>& line, int64_t count) {
+  if (count == kWidth<T>) return store_line(to, line);
   T values[kWidth<T>];
-  store(values, line);
+  store_line(values, line);
   for (int64_t i = 0; i < count; ++i) to[i] = values[i];
 }
 
 template <typename T>
-BAGSSL_INLINE Vector<T> splat(T x) {
-  return x - Vector<T>{};
-}
-
-template <typename T>
 BAGSSL_INLINE void add(Line<T>& sum, T x, const Line<T>& y) {
-  for (int j = 0; j < kVectors; ++j) sum.v[j] = plus(sum.v[j], splat(x), y.v[j]);
+  for (int j = 0; j < kVectors; ++j) sum.v[j] = multiply_add(splat(x), y.v[j], sum.v[j]);
 }
 
 template <typename T>
 BAGSSL_INLINE void subtract(Line<T>& sum, T x, const Line<T>& y) {
-  for (int j = 0; j < kVectors; ++j) sum.v[j] = minus(sum.v[j], splat(x), y.v[j]);
+  for (int j = 0; j < kVectors; ++j) sum.v[j] = multiply_subtract(splat(x), y.v[j], sum.v[j]);
 }
 
 template <typename T>
@@ -123,20 +72,20 @@ template <int kRows, typename T>
 BAGSSL_INLINE void multiply_rows(Matrix<T> matrix, int64_t depth, const T* in, T* out) {
   Line<T> sums[kRows] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const Line<T> x = load(in + k * kWidth<T>);
+    const Line<T> x = load_line(in + k * kWidth<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       add(sums[r], matrix.data[r * matrix.row + k * matrix.column], x);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) store(out + r * kWidth<T>, sums[r]);
+  for (int r = 0; r < kRows; ++r) store_line(out + r * kWidth<T>, sums[r]);
 }
 
 /// out = matrix [rows, depth] times in [depth lines].
 template <typename T>
-BAGSSL_TARGET __attribute__((noinline)) void multiply(Matrix<T> matrix, int64_t rows, int64_t depth,
-                                                      const T* in, T* out) {
+__attribute__((noinline)) void multiply(Matrix<T> matrix, int64_t rows, int64_t depth, const T* in,
+                                        T* out) {
   for (int64_t parts = (rows + kMostRows - 1) / kMostRows; parts > 0; --parts) {
     const int64_t size = (rows + parts - 1) / parts;
     switch (size) {
@@ -173,8 +122,8 @@ BAGSSL_INLINE void next_product(const T* (&pixels)[kImages], const T*& weight, i
 #pragma GCC unroll 8
   for (int i = 0; i < kImages; ++i) sums[i][0] = sums[i][1] = Line<T>{};
   for (int64_t c = 0; c < channels; ++c) {
-    const Line<T> real = load(weight + c * kWidth<T>);
-    const Line<T> imaginary = load(weight + (channels + c) * kWidth<T>);
+    const Line<T> real = load_line(weight + c * kWidth<T>);
+    const Line<T> imaginary = load_line(weight + (channels + c) * kWidth<T>);
 #pragma GCC unroll 8
     for (int i = 0; i < kImages; ++i) {
       const T x = pixels[i][c], y = pixels[i][channels + c];
@@ -202,26 +151,26 @@ BAGSSL_INLINE void products_folded(const PatchGrid<T>& grid, const TileScratch<T
   next_product(pixels, weight, grid.channels, sums);
 #pragma GCC unroll 8
   for (int i = 0; i < 2 * kImages; ++i) {
-    store(s.even + i * (half + 1) * kLine, sums[i / 2][i % 2]);
+    store_line(s.even + i * (half + 1) * kLine, sums[i / 2][i % 2]);
   }
   for (int64_t u = 1; u <= half; ++u) {
     next_product(pixels, weight, grid.channels, sums);
 #pragma GCC unroll 8
     for (int i = 0; i < 2 * kImages; ++i) {
-      store(s.even + (i * (half + 1) + u) * kLine, sums[i / 2][i % 2]);
+      store_line(s.even + (i * (half + 1) + u) * kLine, sums[i / 2][i % 2]);
     }
     next_product(pixels, weight, grid.channels, sums);
 #pragma GCC unroll 8
     for (int i = 0; i < 2 * kImages; ++i) {
       T* even = s.even + (i * (half + 1) + u) * kLine;
-      Line<T> sum = load(even), difference;
+      Line<T> sum = load_line(even), difference;
       for (int j = 0; j < kVectors; ++j) {
         const Vector<T> negative = sums[i / 2][i % 2].v[j];
         difference.v[j] = sum.v[j] - negative;
         sum.v[j] += negative;
       }
-      store(even, sum);
-      store(s.odd + (i * half + u - 1) * kLine, difference);
+      store_line(even, sum);
+      store_line(s.odd + (i * half + u - 1) * kLine, difference);
     }
   }
 }
@@ -243,12 +192,12 @@ BAGSSL_INLINE void back_along_height(const PatchGrid<T>& grid, const TileScratch
   const int64_t frequencies = grid.across.half + 1;
   for (int64_t t = 0; t < axis.count; ++t) {
     const int64_t at = axis.distance[t] * kLine;
-    Line<T> real = load(s.cosine_sums + at), imaginary = load(s.cosine_sums + part + at);
-    subtract(real, axis.sign[t], load(s.sine_sums + part + at));
-    add(imaginary, axis.sign[t], load(s.sine_sums + at));
+    Line<T> real = load_line(s.cosine_sums + at), imaginary = load_line(s.cosine_sums + part + at);
+    subtract(real, axis.sign[t], load_line(s.sine_sums + part + at));
+    add(imaginary, axis.sign[t], load_line(s.sine_sums + at));
     T* out = s.rows + ((image * axis.count + t) * 2 * frequencies + f) * kLine;
-    store(out, real);
-    store(out + frequencies * kLine, imaginary);
+    store_line(out, real);
+    store_line(out + frequencies * kLine, imaginary);
   }
 }
 
@@ -266,13 +215,13 @@ BAGSSL_INLINE void back_along_width(const PatchGrid<T>& grid, const TileScratch<
   for (int64_t l = 0; l < axis.count; ++l) {
     if (slots[l] < 0) continue;
     const int64_t at = axis.distance[l] * kLine;
-    Line<T> out = load(s.cosine_sums + at);
-    add(out, axis.sign[l], load(s.sine_sums + at));
+    Line<T> out = load_line(s.cosine_sums + at);
+    add(out, axis.sign[l], load_line(s.sine_sums + at));
     for (int j = 0; j < kVectors; ++j) {
       out.v[j] += bias.v[j];
       if (relu) out.v[j] = out.v[j] < 0 ? Vector<T>{} : out.v[j];  // a NaN stays
     }
-    store_some(y + slots[l] * grid.patch_stride, out, columns);
+    store_part(y + slots[l] * grid.patch_stride, out, columns);
   }
 }
 
@@ -293,12 +242,12 @@ BAGSSL_INLINE void forward_images(const PatchGrid<T>& grid, const TileScratch<T>
 
 /// `weight`, `bias` and `y` begin at the tile's first column.
 template <typename T>
-BAGSSL_TARGET void forward_tile(const PatchGrid<T>& grid, const T* weight, const T* bias, bool relu,
-                                T* y, int64_t columns, const TileScratch<T>& s) {
+void forward_tile(const PatchGrid<T>& grid, const T* weight, const T* bias, bool relu, T* y,
+                  int64_t columns, const TileScratch<T>& s) {
   for (int64_t i = 0; i < s.weight_lines; ++i) {
-    store(s.weight + i * kWidth<T>, load_some(weight + i * grid.out_dim, columns));
+    store_line(s.weight + i * kWidth<T>, load_part(weight + i * grid.out_dim, columns));
   }
-  const Line<T> shift = bias == nullptr ? Line<T>{} : load_some(bias, columns);
+  const Line<T> shift = bias == nullptr ? Line<T>{} : load_part(bias, columns);
   int64_t b = 0;
   for (; b + 2 <= grid.batch; b += 2) forward_images<2>(grid, s, b, shift, relu, y, columns);
   if (b < grid.batch) forward_images<1>(grid, s, b, shift, relu, y, columns);
@@ -318,23 +267,23 @@ BAGSSL_INLINE Line<T> along_width(const PatchGrid<T>& grid, const TileScratch<T>
   for (int64_t l = 0; l < axis.count; ++l) {
     if (slots[l] < 0) continue;
     const int64_t from = slots[l] * grid.patch_stride;
-    Line<T> gradient = load_some(dy + from, columns);
+    Line<T> gradient = load_part(dy + from, columns);
     if (y != nullptr) {
-      const Line<T> result = load_some(y + from, columns);
+      const Line<T> result = load_part(y + from, columns);
       for (int j = 0; j < kVectors; ++j) {
         gradient.v[j] = result.v[j] > 0 ? gradient.v[j] : Vector<T>{};
       }
     }
     T* even = s.cosine_sums + axis.distance[l] * kLine;
     T* odd = s.sine_sums + axis.distance[l] * kLine;
-    Line<T> sum = load(even), difference = load(odd);
+    Line<T> sum = load_line(even), difference = load_line(odd);
     for (int j = 0; j < kVectors; ++j) {
       sum.v[j] += gradient.v[j];
       total.v[j] += gradient.v[j];
     }
     add(difference, axis.sign[l], gradient);
-    store(even, sum);
-    store(odd, difference);
+    store_line(even, sum);
+    store_line(odd, difference);
   }
   const int64_t frequencies = axis.half + 1;
   T* out = s.rows + row * 2 * frequencies * kLine;
@@ -357,21 +306,21 @@ BAGSSL_INLINE void along_height(const PatchGrid<T>& grid, const TileScratch<T>& 
   clear(s.sine_sums, 2 * axis.distances);
   for (int64_t t = 0; t < axis.count; ++t) {
     const T* in = s.rows + ((image * axis.count + t) * 2 * frequencies + f) * kLine;
-    const Line<T> real = load(in), imaginary = load(in + frequencies * kLine);
+    const Line<T> real = load_line(in), imaginary = load_line(in + frequencies * kLine);
     T* cosine_sums = s.cosine_sums + axis.distance[t] * kLine;
     T* sine_sums = s.sine_sums + axis.distance[t] * kLine;
-    Line<T> sums[4] = {load(cosine_sums), load(cosine_sums + part), load(sine_sums),
-                       load(sine_sums + part)};
+    Line<T> sums[4] = {load_line(cosine_sums), load_line(cosine_sums + part), load_line(sine_sums),
+                       load_line(sine_sums + part)};
     for (int j = 0; j < kVectors; ++j) {
       sums[0].v[j] += real.v[j];
       sums[1].v[j] += imaginary.v[j];
     }
     add(sums[2], axis.sign[t], imaginary);
     subtract(sums[3], axis.sign[t], real);
-    store(cosine_sums, sums[0]);
-    store(cosine_sums + part, sums[1]);
-    store(sine_sums, sums[2]);
-    store(sine_sums + part, sums[3]);
+    store_line(cosine_sums, sums[0]);
+    store_line(cosine_sums + part, sums[1]);
+    store_line(sine_sums, sums[2]);
+    store_line(sine_sums + part, sums[3]);
   }
   for (int p = 0; p < 2; ++p) {
     const int64_t i = 2 * image + p;
@@ -390,7 +339,7 @@ BAGSSL_INLINE void add_product(const T* const (&pixels)[kImages],
   for (int64_t c = 0; c < channels; ++c) {
     T* real_out = dweight + c * kWidth<T>;
     T* imaginary_out = dweight + (channels + c) * kWidth<T>;
-    Line<T> real = load(real_out), imaginary = load(imaginary_out);
+    Line<T> real = load_line(real_out), imaginary = load_line(imaginary_out);
 #pragma GCC unroll 8
     for (int i = 0; i < kImages; ++i) {
       const T x = pixels[i][c], y = pixels[i][channels + c];
@@ -399,8 +348,8 @@ BAGSSL_INLINE void add_product(const T* const (&pixels)[kImages],
       add(real, y, gradient[i][1]);
       subtract(imaginary, y, gradient[i][0]);
     }
-    store(real_out, real);
-    store(imaginary_out, imaginary);
+    store_line(real_out, real);
+    store_line(imaginary_out, imaginary);
   }
 }
 
@@ -420,9 +369,9 @@ BAGSSL_INLINE void add_products(const PatchGrid<T>& grid, const TileScratch<T>& 
 #pragma GCC unroll 8
     for (int i = 0; i < 2 * kImages; ++i) {
       Line<T>& sum = gradient[i / 2][i % 2];
-      sum = load(s.even + (i * (half + 1) + u) * kLine);
+      sum = load_line(s.even + (i * (half + 1) + u) * kLine);
       if (u == 0) continue;
-      const Line<T> difference = load(s.odd + (i * half + u - 1) * kLine);
+      const Line<T> difference = load_line(s.odd + (i * half + u - 1) * kLine);
       const bool negative = v % 2 == 0;
       for (int j = 0; j < kVectors; ++j) {
         sum.v[j] = negative ? sum.v[j] - difference.v[j] : sum.v[j] + difference.v[j];
@@ -456,22 +405,19 @@ BAGSSL_INLINE void backward_images(const PatchGrid<T>& grid, const TileScratch<T
 
 /// All pointers begin at the tile's first column.
 template <typename T>
-BAGSSL_TARGET void backward_tile(const PatchGrid<T>& grid, const T* dy, const T* y, T* dweight,
-                                 T* dbias, int64_t columns, const TileScratch<T>& s) {
+void backward_tile(const PatchGrid<T>& grid, const T* dy, const T* y, T* dweight, T* dbias,
+                   int64_t columns, const TileScratch<T>& s) {
   clear(s.weight, s.weight_lines);
-  Line<T> total = load_some(dbias, columns);
+  Line<T> total = load_part(dbias, columns);
   int64_t b = 0;
   for (; b + 2 <= grid.batch; b += 2) backward_images<2>(grid, s, b, dy, y, columns, total);
   if (b < grid.batch) backward_images<1>(grid, s, b, dy, y, columns, total);
-  store_some(dbias, total, columns);
+  store_part(dbias, total, columns);
   for (int64_t i = 0; i < s.weight_lines; ++i) {
     T* out = dweight + i * grid.out_dim;
-    Line<T> sum = load_some(out, columns);
-    const Line<T> own = load(s.weight + i * kWidth<T>);
+    Line<T> sum = load_part(out, columns);
+    const Line<T> own = load_line(s.weight + i * kWidth<T>);
     for (int j = 0; j < kVectors; ++j) sum.v[j] += own.v[j];
-    store_some(out, sum, columns);
+    store_part(out, sum, columns);
   }
 }
-
-#undef BAGSSL_INLINE
-#undef BAGSSL_TARGET

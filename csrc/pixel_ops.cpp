@@ -1,12 +1,11 @@
 #include "pixel_ops.h"
 
+#define BAGSSL_BODY "pixel_ops_body.h"
+#define BAGSSL_UP_TO_AVX2  // rows are padded for vectors of 32 bytes
+#include "simd_levels.h"
+
 namespace bagssl {
 
-const PixelOps& pixel_ops() {
-#ifdef BAGSSL_HAS_V3
-  if (use_v3()) return kV3PixelOps;
-#endif
-  return kBaselinePixelOps;
-}
+const PixelOps& pixel_ops() { return *BAGSSL_PICK(kOps); }
 
 }  // namespace bagssl

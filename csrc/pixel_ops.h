@@ -2,7 +2,6 @@
 
 #include <cstdint>
 
-#include "instruction_set.h"
 #include "resize_weights.h"
 
 namespace bagssl {
@@ -21,12 +20,9 @@ constexpr int kRowPadding = 16;
 /// rows of planes are written up to this many floats past their end.
 constexpr int kWidthPadding = 8;
 
-/// The loops over pixels, once per instruction set. All tables hold the same source compiled
-/// anew, without contraction of a*b+c, and give the same bits; fused multiply-adds are written
-/// out where torch has them.
+/// The loops over pixels, in pixel_ops_body.h. Every SIMD level gives the same bits: a*b+c is not
+/// contracted, and fused multiply-adds are written out where torch has them.
 struct PixelOps {
-  const char* name;
-
   /// RGB -> RGBX, mirrored if asked for.
   void (*copy_row)(const uint8_t* row, int width, bool flip, uint8_t* out);
   /// The same for two rows, with a change of width to `weights.out` pixels.
@@ -61,12 +57,7 @@ struct PixelOps {
   void (*store_table)(Planes planes, int pixels, const uint16_t (*table)[256], uint16_t* out);
 };
 
-extern const PixelOps kBaselinePixelOps;
-#ifdef BAGSSL_HAS_V3
-extern const PixelOps kV3PixelOps;  ///< x86-64-v3: AVX2, FMA
-#endif
-
-/// The table for this processor.
+/// Those of the SIMD level in force.
 const PixelOps& pixel_ops();
 
 }  // namespace bagssl

@@ -1,35 +1,18 @@
-// The loops of pixel_ops.h. Included once per instruction set, each time with BAGSSL_OPS_TABLE
-// and BAGSSL_OPS_NAME set; hence no include guard and nothing from std.
+// The loops of pixel_ops.h, once per SIMD level: see simd_levels.h.
 
-#include "floats.h"
 #include "pixel_ops_resize.h"
-
-namespace bagssl {
-namespace {
 
 // ------------------------------------------------------------------------ vectors of floats
 
 static_assert(kPlanePadding % kLanes == 0 && kWidthPadding % kLanes == 0, "no ragged tails");
 
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));  // also the masks of comparisons
-
 inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
 
 inline Floats smaller(Floats x, Floats y) { return x < y ? x : y; }
 
-/// x * y + z, rounded once.
-inline Floats fused(Floats x, Floats y, Floats z) {
-#ifdef BAGSSL_V3
-  return _mm256_fmadd_ps(x, y, z);
-#else
-  for (int i = 0; i < kLanes; ++i) z[i] = __builtin_fmaf(x[i], y[i], z[i]);
-  return z;
-#endif
-}
-
 /// Toward zero, |x| < 2^31.
 inline Floats truncate(Floats x) {
-#ifdef BAGSSL_V3
+#ifdef BAGSSL_AVX2
   return _mm256_round_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
 #else
   return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats);
@@ -38,7 +21,7 @@ inline Floats truncate(Floats x) {
 
 /// Down, |x| < 2^31.
 inline Floats floor(Floats x) {
-#ifdef BAGSSL_V3
+#ifdef BAGSSL_AVX2
   return _mm256_round_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
   const Floats whole = truncate(x);
@@ -207,12 +190,7 @@ void store_table(Planes planes, int pixels, const uint16_t (*table)[256], uint16
   }
 }
 
-}  // namespace
-
-const PixelOps BAGSSL_OPS_TABLE = {
-    BAGSSL_OPS_NAME, copy_row,    resize_rows, unpack_row,  resize_column, brightness,
-    contrast,        saturation,  hue,         grayscale,   solarize,      blur_column,
-    blur_row,        store_uint8, store_float, store_table,
+constexpr PixelOps kOps = {
+    copy_row,  resize_rows, unpack_row,  resize_column, brightness,  contrast,    saturation,  hue,
+    grayscale, solarize,    blur_column, blur_row,      store_uint8, store_float, store_table,
 };
-
-}  // namespace bagssl

@@ -1,8 +1,5 @@
 // The resize loops of pixel_ops.h; part of pixel_ops_body.h.
 
-namespace bagssl {
-namespace {
-
 inline uint8_t clamp_byte(int32_t x) { return static_cast<uint8_t>(x < 0 ? 0 : x > 255 ? 255 : x); }
 
 void copy_row(const uint8_t* row, int width, bool flip, uint8_t* out) {
@@ -13,7 +10,7 @@ void copy_row(const uint8_t* row, int width, bool flip, uint8_t* out) {
   }
 }
 
-#ifdef BAGSSL_V3
+#ifdef BAGSSL_AVX2
 
 // A register holds the same pixels of two rows, one row per 128-bit lane.
 
@@ -193,6 +190,3 @@ void resize_column(const uint8_t* rows, int stride, const AxisWeights& weights, 
 }
 
 #endif
-
-}  // namespace
-}  // namespace bagssl

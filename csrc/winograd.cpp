@@ -9,6 +9,9 @@
 
 #include "winograd_ops.h"
 
+#define BAGSSL_BODY "winograd_body.h"
+#include "simd_levels.h"
+
 namespace bagssl {
 namespace {
 
@@ -20,12 +23,7 @@ constexpr int64_t kTilesPerItem = 16;
 constexpr int64_t kPanelsPerItem = 4;
 constexpr int64_t kLine = 16;  // floats in a cache line
 
-const WinogradOps& winograd_ops() {
-#ifdef BAGSSL_HAS_V3
-  if (use_v3()) return kV3WinogradOps;
-#endif
-  return kBaselineWinogradOps;
-}
+const WinogradOps& winograd_ops() { return *BAGSSL_PICK(kOps); }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t whole_panels(int64_t channels) { return ceil_div(channels, kPanel) * kPanel; }

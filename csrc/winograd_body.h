@@ -1,10 +1,4 @@
-// The loops of winograd_ops.h. Included once per instruction set, each time with
-// BAGSSL_WINOGRAD_TABLE set; hence no include guard and nothing from std.
-
-#include "floats.h"
-
-namespace bagssl {
-namespace {
+// The loops of winograd_ops.h, once per SIMD level: see simd_levels.h.
 
 // Sampled at the points 0, +-a, +-b and infinity, with which float32 loses least (bench/NOTES.md).
 constexpr float kA = 0.625f, kB = 1.5f;
@@ -13,14 +7,7 @@ constexpr float kA2 = kA * kA, kB2 = kB * kB;
 constexpr float kShare0 = 1 / (kA2 * kB2);
 constexpr float kShareA = 1 / (2 * kA2 * (kA2 - kB2)), kShareB = 1 / (2 * kB2 * (kB2 - kA2));
 
-/// x * y + z
-inline Floats madd(float x, Floats y, Floats z) {
-#ifdef BAGSSL_V3
-  return _mm256_fmadd_ps(splat(x), y, z);
-#else
-  return splat(x) * y + z;
-#endif
-}
+inline Floats madd(float x, Floats y, Floats z) { return multiply_add(splat(x), y, z); }
 
 // ------------------------------------------------------------------- transforms along one side
 // Each reads and writes at its own distance, so that it serves rows and columns of small arrays.
@@ -81,19 +68,6 @@ inline void taps_gradient_1d(const Floats* u, int step, Floats* out, int out_ste
 }
 
 // -------------------------------------------------------------------------------------- tiles
-
-/// kLanes channels, those past the end as zero.
-inline Floats load_some(const float* from, int64_t count) {
-  if (count >= kLanes) return load(from);
-  Floats x = {};
-  if (count > 0) __builtin_memcpy(&x, from, 4 * static_cast<unsigned long>(count));
-  return x;
-}
-
-inline void store_some(float* to, int64_t count, Floats x) {
-  if (count >= kLanes) return store(to, x);
-  if (count > 0) __builtin_memcpy(to, &x, 4 * static_cast<unsigned long>(count));
-}
 
 struct Place {
   int64_t image, top, left;  // of the tile's first output
@@ -169,7 +143,7 @@ void to_tiles(const float* points, const Layout& layout, const Maps& maps, const
       for (int64_t i = 0; i < rows; ++i) {
         float* row = corner + i * maps.width * maps.channels + c;
         for (int64_t j = 0; j < columns; ++j) {
-          store_some(row + j * maps.channels, channels - c, tile_values[i * kTile + j]);
+          store_some(row + j * maps.channels, tile_values[i * kTile + j], channels - c);
         }
       }
     }
@@ -201,11 +175,12 @@ void to_taps(const float* in, int64_t points, float* taps) {
 // ------------------------------------------------------------------------------------ product
 
 constexpr int kVectors = kPanel / kLanes;
-#ifdef BAGSSL_V3
-constexpr int kRows = 4;  // 8 sums of 8 lanes hide the latency of 5, and 16 registers hold them
+#ifdef BAGSSL_AVX2
+constexpr int kRows = 8 / kVectors;  // 8 sums hide the latency of 5, and 16 registers hold them
 #else
 constexpr int kRows = 2;
 #endif
+static_assert(kPanel % kRows == 0, "rows of a step lie in one panel");
 
 // Sums are taken over so many steps, then added to what is there: pieces of a sum lose fewer digits
 // than one long chain, and a piece of a panel stays in the nearest cache.
@@ -255,10 +230,4 @@ void product(const Product& p) {
   }
 }
 
-}  // namespace
-
-const WinogradOps BAGSSL_WINOGRAD_TABLE = {
-    from_windows, from_tiles, to_tiles, from_taps, to_taps, product,
-};
-
-}  // namespace bagssl
+constexpr WinogradOps kOps = {from_windows, from_tiles, to_tiles, from_taps, to_taps, product};

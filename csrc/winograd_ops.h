@@ -2,7 +2,6 @@
 
 #include <cstdint>
 
-#include "instruction_set.h"
 #include "winograd.h"
 
 namespace bagssl {
@@ -46,7 +45,7 @@ struct Product {
   bool accumulate;
 };
 
-/// The loops over numbers, once per instruction set; the rest is winograd.cpp.
+/// The loops over numbers, in winograd_body.h; the rest is winograd.cpp.
 struct WinogradOps {
   /// Windows of 6x6 inputs, zeros outside of the map -> points.
   void (*from_windows)(const float* x, const Maps& maps, const Part& part, const Layout& layout,
@@ -63,10 +62,5 @@ struct WinogradOps {
   void (*to_taps)(const float* in, int64_t points, float* taps);
   void (*product)(const Product& product);
 };
-
-extern const WinogradOps kBaselineWinogradOps;
-#ifdef BAGSSL_HAS_V3
-extern const WinogradOps kV3WinogradOps;  ///< x86-64-v3: AVX2, FMA
-#endif
 
 }  // namespace bagssl

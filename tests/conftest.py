@@ -1,10 +1,13 @@
 """Fixtures shared by all tests: the real data of `BAGSSL_DATA`, and skips for what is not here."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from bagssl_fast import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +32,14 @@ def cifar_tar(data_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def imagenet_tar(data_dir: Path) -> Path:
     return data_dir / "imagenet-sample.tar"
+
+
+@pytest.fixture(params=_C.simd_levels())
+def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each SIMD level that this machine can run, in force while the test runs."""
+    _C.force_simd_level(request.param)
+    yield request.param
+    _C.force_simd_level(None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

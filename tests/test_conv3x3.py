@@ -61,17 +61,8 @@ def check(function, x: Tensor, weight: Tensor, dy: Tensor, label: str = "") -> N
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_winograd_matches_float64(shape):
-    check(cell.conv3x3_forward, *inputs(*shape))
-
-
-@pytest.mark.parametrize("shape", SHAPES[:8], ids=str)
-def test_winograd_without_avx2_matches_float64(shape):
-    _C.force_baseline(True)
-    try:
-        check(cell.conv3x3_forward, *inputs(*shape))
-    finally:
-        _C.force_baseline(False)
+def test_winograd_matches_float64(shape, simd_level):
+    check(cell.conv3x3_forward, *inputs(*shape), label=simd_level)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -92,7 +83,7 @@ def test_memory_of_any_layout():
         assert results(cell.conv3x3_forward, x, given, dy)["dweight"].stride() == given.stride()
 
 
-def test_everything_is_written_and_nothing_beside_it():
+def test_everything_is_written_and_nothing_beside_it(simd_level):
     x, weight, dy = inputs(3, 21, 19, 7, 5)
     expected = truth(x, weight, dy)
 
@@ -112,7 +103,7 @@ def test_everything_is_written_and_nothing_beside_it():
     assert_matches(dweight[1:20], expected["dweight"], torch.float32, "dweight", slack=2)
 
 
-def test_a_nan_stays_a_nan():
+def test_a_nan_stays_a_nan(simd_level):
     x, weight, _ = inputs(1, 16, 16, 8, 8)
     x[0, 3, 1, 1] = float("nan")
     y = cell.conv3x3_forward(x, weight)
@@ -128,7 +119,7 @@ def test_empty_batch_and_batch_of_one():
     check(ops.conv3x3, *inputs(1, 32, 32, 24, 24))
 
 
-def test_the_same_bits_again_and_with_any_number_of_threads(monkeypatch):
+def test_the_same_bits_again_and_with_any_number_of_threads(monkeypatch, simd_level):
     arguments = inputs(40, 48, 40, 9, 9)
     first = results(cell.conv3x3_forward, *arguments)
     for threads in (1, 3):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tolerances import assert_matches
 from torch import Tensor
 
-from bagssl_fast import _C, ops
+from bagssl_fast import ops
 from bagssl_fast.ops.cpu.patch_embed import _worthwhile_grid
 from bagssl_fast.ops.reference.patch_embed import patch_embed as reference
 
@@ -75,17 +75,16 @@ GRIDS = {
     "several blocks": ((10, 60), 16, (8, 8), most(grid(torch.arange(3), torch.arange(53)))),
     "one row": ((12, 40), 9, (8, 8), grid(torch.tensor([3]), torch.arange(33))),
 }
-WAYS = {  # dtype, ReLU, without AVX2
-    "float64": (torch.float64, False, False),
-    "float32": (torch.float32, True, False),
-    "baseline": (torch.float32, True, True),
-    "float16": (torch.float16, False, False),
+WAYS = {  # dtype, ReLU
+    "float64": (torch.float64, False),
+    "float32": (torch.float32, True),
+    "float16": (torch.float16, False),
 }
 
 
-@pytest.mark.parametrize(("dtype", "relu", "baseline"), WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize(("dtype", "relu"), WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize(("size", "out_dim", "patch", "positions"), GRIDS.values(), ids=GRIDS)
-def test_spectra_give_what_patches_give(size, out_dim, patch, positions, dtype, relu, baseline):
+def test_spectra_give_what_patches_give(size, out_dim, patch, positions, dtype, relu, simd_level):
     images, weight, bias = operands(21, *size, out_dim=out_dim, patch=patch)
     weight, bias = (weight / weight[0].numel() ** 0.5).to(dtype), bias.to(dtype)
     assert _worthwhile_grid(weight, positions, len(images)) is not None
@@ -99,11 +98,7 @@ def test_spectra_give_what_patches_give(size, out_dim, patch, positions, dtype, 
         y = ops.patch_embed(images, *inputs, positions, mean=MEAN, std=STD, relu=relu, impl=impl)
         return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(dtype))]
 
-    _C.force_baseline(baseline)
-    try:
-        actual = run("cpu", dtype)
-    finally:
-        _C.force_baseline(False)
+    actual = run("cpu", dtype)
     expected = run("reference", torch.float64)
     for name, x, truth in zip(("y", "dweight", "dbias"), actual, expected, strict=True):
         assert_matches(x, truth, dtype, name)

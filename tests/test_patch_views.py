@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -63,13 +62,6 @@ def theirs(
 def difference(a: np.ndarray, b: np.ndarray) -> int:
     assert a.shape == b.shape
     return int(np.abs(a.astype(int) - b.astype(int)).max())
-
-
-@pytest.fixture
-def baseline() -> Iterator[None]:
-    _C.force_baseline(True)
-    yield
-    _C.force_baseline(False)
 
 
 # ------------------------------------------------------------------------- pixels: torchvision's
@@ -226,16 +218,15 @@ def test_reference_is_the_same(interpolation: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (13, 21), (1, 1), (2, 9)], ids=str)
-def test_instruction_sets_agree_bitwise(size: tuple[int, int], baseline: None) -> None:
+def test_simd_levels_agree_bitwise(size: tuple[int, int], simd_level: str) -> None:
     images = [photo(60, 90), noise(19, 33), noise(1, 1)]
     table = draw(images, patches=40, blur_prob=0.3 if min(size) > 1 else 0)
     for interpolation, dtype in (("bilinear", "float32"), ("bicubic", "uint8")):
         options: dict[str, Any] = {"size": size, "interpolation": interpolation, "dtype": dtype}
-        _C.force_baseline(True)
-        assert _C.pixel_ops_name() == "baseline"
-        slow = _C.patch_views(images, table, **options)
-        _C.force_baseline(False)
-        assert np.array_equal(slow, _C.patch_views(images, table, **options))
+        _C.force_simd_level(simd_level)
+        actual = _C.patch_views(images, table, **options)
+        _C.force_simd_level("baseline")
+        assert np.array_equal(actual, _C.patch_views(images, table, **options))
 
 
 def test_float32_is_torchvisions_normalize() -> None:
