@@ -29,10 +29,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _common import OURS, Report, Timing, arguments, interleave, paint, quantiles
-from baselines.loader import Job, RemoteRunner, Runner, Stats
-
 from bagssl_fast.augment import Augment
+from baselines.loader import Job, RemoteRunner, Runner, Stats
+from harness.common import OURS, Report, Timing, arguments, interleave, paint, quantiles
 
 # EMP-SSL blurs with Pillow, whose kernel has no end: 13 pixels are three sigma at the strongest.
 EMP = Augment(size=32, scale=(0.25, 0.25), blur_kernel=13)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from _common import OURS
-from _ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
 from torch import Tensor
 
 from bagssl_fast import ops
+from harness.common import OURS
+from harness.ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
 
 EMP_SSL = "EMP-SSL's loop"
 SHAPES = {

@@ -12,11 +12,11 @@ from itertools import combinations
 
 import torch
 import torch.nn.functional as F
-from _common import OURS
-from _ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
 from torch import Tensor
 
 from bagssl_fast import ops
+from harness.common import OURS
+from harness.ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
 
 AUTHORS, LIGHTLY = "authors' formula", "lightly"
 SHAPES = {

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from _common import OURS
+from harness.common import OURS
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTION = re.compile(r"(<!-- performance -->\n).*?(<!-- /performance -->)", re.S)

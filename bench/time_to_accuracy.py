@@ -31,21 +31,21 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in throughput.py
 
 import numpy as np
-import throughput
 import torch
-from _cases import TRAINING, Case, Images, prepare_images
-from _clock import Laps, clock
-from _common import Report, arguments, paint
-from _ours import our_model
-from baselines.step import Setup, System
 from torch import Tensor
 from torch.optim import lr_scheduler
 
+import throughput
 from bagssl_fast.config import OptimConfig
 from bagssl_fast.evaluation.features import Plan, dense_bags, fold_batch_norm
 from bagssl_fast.evaluation.probes import knn_accuracy, linear_probe
 from bagssl_fast.models.bag_model import BagModel
 from bagssl_fast.models.encoders import build_encoder
+from baselines.step import Setup, System
+from harness.cases import TRAINING, Case, Images, prepare_images
+from harness.clock import Laps, clock
+from harness.common import Report, arguments, paint
+from harness.ours import our_model
 
 TARGETS = (0.50, 0.55, 0.60)
 EVAL_PATCHES = 25  # of each image
@@ -204,7 +204,7 @@ def main() -> None:
         print(f"  {name:24}{metric:24}" + "  ".join(f"{v:.3g}" for v in values) + f" {unit}")
     report.save(o.json, o.csv)
     if o.plot:
-        from _plots import draw_runs
+        from harness.plots import draw_runs
 
         panels = {
             probe: {

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _common import OURS, Report, arguments, interleave
-from _memory import peak_memory
 from torch import Tensor
+
+from harness.common import OURS, Report, arguments, interleave
+from harness.memory import peak_memory
 
 REFERENCE, COMPILED = "reference", "torch.compile(reference)"
 Call = Callable[[], Sequence[Tensor]]

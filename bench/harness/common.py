@@ -12,7 +12,7 @@ A bench names its cases and providers, and leaves the rest to this file:
 
 Rows of all benches have one schema (`Row`). A ratio is the median over rounds of ours against
 theirs *in the same round*, so that a machine that slows down for a while slows both. Beside this
-file: `_machine.py` has the machine line, `_memory.py` the peak memory of a call.
+file: `machine.py` has the machine line, `memory.py` the peak memory of a call.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _machine import cores, machine_line
+from harness.machine import cores, machine_line
 
 OURS = "bagssl_fast"
 
