@@ -20,7 +20,7 @@ TITLES = {  # in this order
     "throughput": "Whole training steps, data included, and evaluation (`bench/throughput.py`)",
     "time_to_accuracy": "Time to accuracy (`bench/time_to_accuracy.py`; medians over seeds)",
     "bench_loader": "The data path (`bench/bench_loader.py`)",
-    "ops": "Ops, forward and backward (`bench/bench_<op>.py`)",
+    "ops": "Ops, forward and (where there is one) backward (`bench/bench_<op>.py`)",
     "bench_swap": "In other people's trainings (`bench/bench_swap.py`)",
 }
 METRICS = {"images per second", "time", "memory", "step", "patches per core", "images per core"}

@@ -9,6 +9,7 @@ import bench_conv3x3
 import bench_dense
 import bench_linear_bn_relu
 import bench_patch_embed
+import bench_patch_views
 import bench_tcr
 import bench_vicreg
 from harness.common import OURS
@@ -19,6 +20,7 @@ BENCHES = (
     bench_tcr,
     bench_bag_pool,
     bench_patch_embed,
+    bench_patch_views,
     bench_linear_bn_relu,
     bench_conv3x3,
     bench_dense,
