@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bagssl_fast.losses import VICReg
+from baselines.losses import vicreg as authors_vicreg
 from baselines.plain_torch import PlainTorch
 from baselines.plain_torch import vicreg as plain_vicreg
 from baselines.step import Setup, System
@@ -76,16 +77,11 @@ def vicreg_losses(dim: int, device: str) -> Calls:
     z = torch.randn(2, 128, dim, device=device, requires_grad=True)
     ours = VICReg()
 
-    def authors(z: torch.Tensor) -> torch.Tensor:
-        from baselines.vicreg import VICReg as Authors
-
-        return Authors.loss(None, z)  # type: ignore[arg-type]
-
     def call(loss: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(loss(z), z)
 
     return {
-        "vicreg": call(authors),
+        "vicreg": call(authors_vicreg),
         "torch": call(plain_vicreg),
         Ours.name: call(lambda z: ours(z)[0]),
     }
