@@ -166,6 +166,8 @@ def main() -> int:
     from harness.kernel_probe import TARGETS
 
     targets = options.targets or list(QUICK_TARGETS if options.quick else TARGETS)
+    if unknown := set(targets) - set(TARGETS):
+        parser.error(f"--targets {' '.join(sorted(unknown))}: the targets are {' '.join(TARGETS)}")
     kernels = compile_rows(options.quick, targets, ["float16"] if options.quick else list(DTYPES))
     traffic = count_in_interpreter(options.quick)
     show(kernels, traffic)

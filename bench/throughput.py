@@ -325,9 +325,7 @@ def bars(split: dict[str, dict[str, float]], width: int = 60) -> None:
 
 
 def parse(argv: Sequence[str] | None = None, systems: Iterable[str] = SYSTEMS) -> Any:
-    parser = arguments(__doc__, rounds=5)
-    data = os.environ.get("BAGSSL_DATA", "../shared/data")
-    parser.add_argument("--data", type=Path, default=Path(data), help="folder of the tars")
+    parser = arguments(__doc__, rounds=5, data=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     every = [*TRAINING, *EVALUATION]
     parser.add_argument("--cases", nargs="+", choices=every, metavar="CASE", help=", ".join(every))
@@ -345,8 +343,6 @@ def parse(argv: Sequence[str] | None = None, systems: Iterable[str] = SYSTEMS) -
     options.seconds = options.seconds or (12 if options.quick else 45)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
-    if not options.data.is_dir():
-        parser.error(f"--data {options.data} is not a folder; point it, or BAGSSL_DATA, at one")
     return options
 
 
@@ -359,9 +355,7 @@ def main(argv: Sequence[str] | None = None, systems: dict[str, Any] | None = Non
         if options.scale:
             importlib.import_module("harness.scale").run(bench)
         else:
-            for name in options.cases or (
-                QUICK_CASES if options.quick else [*TRAINING, *EVALUATION]
-            ):
+            for name in options.cases:
                 if name in TRAINING:
                     bench.train(TRAINING[name])
                 else:

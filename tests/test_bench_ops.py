@@ -43,3 +43,10 @@ def test_a_provider_with_other_pixels_is_not_timed(tmp_path: Path) -> None:
 
     with pytest.raises(SystemExit, match="bagssl_fast is off by"):
         run(brighter)
+
+
+def test_a_case_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        argv = ["--case", "P5"]
+        op_bench.main("b", None, bench_patch_views.CASES, bench_patch_views.build, argv)
+    assert f"the cases are P20 B100, 32x32 -> 32; {CASE}" in capsys.readouterr().err

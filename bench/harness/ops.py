@@ -74,11 +74,15 @@ def main(
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurements")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     options = parser.parse_args(argv)
+    chosen = [case for case in cases if options.case is None or options.case in case.id]
+    if not chosen:
+        names = "; ".join(case.id for case in cases)
+        parser.error(f"--case {options.case}: no case's name contains this; the cases are {names}")
     torch.set_num_threads(options.threads)
     report = Report(bench, threads=options.threads)
     speeds = machine_speeds(report)
-    for case in cases:
-        if (options.quick and not case.quick) or (options.case and options.case not in case.id):
+    for case in chosen:
+        if options.quick and not case.quick:
             continue
         skipped = COMPILED if options.quick or options.no_compile else ""
         providers = [name for name in (OURS, *case.providers) if name != skipped]
