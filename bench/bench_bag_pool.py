@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from _common import OURS
-from _ops import COMPILED, Call, OpCase, gradients, main
 from torch import Tensor
 
 from bagssl_fast import ops
+from harness.common import OURS
+from harness.ops import COMPILED, Call, OpCase, gradients, main
 
 EAGER = "mean + cosine_similarity"
 SHAPES = {"P20 B256 D4096": (20, 256, 4096), "P20 B100 D1024": (20, 100, 1024)}

@@ -8,10 +8,10 @@ to 20 MiB) from call to call, which a peak above a warm call would not show.
 from __future__ import annotations
 
 import torch
-from _common import OURS
-from _ops import Call, OpCase, main
 
 from bagssl_fast import ops
+from harness.common import OURS
+from harness.ops import Call, OpCase, main
 
 TORCH, EXACT = "torch", "torch in float64"
 SHAPES = {

@@ -9,11 +9,11 @@ differently (see `PatchNet`), so the values differ by design.
 from __future__ import annotations
 
 import torch
-from _common import OURS
-from _ops import Call, OpCase, main
 from torch import Tensor
 
 from bagssl_fast.models.encoders import build_encoder
+from harness.common import OURS
+from harness.ops import Call, OpCase, main
 
 PATCHWISE = "patch by patch"
 TRAINING, INFERENCE = "25 patches, training step", "289 positions, inference"

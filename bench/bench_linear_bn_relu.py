@@ -6,12 +6,12 @@ Bound by its three matrix products, 6 N F M FLOPs for x [N, F] and W [M, F].
 from __future__ import annotations
 
 import torch
-from _common import OURS
-from _ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
 from torch import nn
 
 from bagssl_fast.models.heads import LinearBNReLU
 from bagssl_fast.ops import use_impl
+from harness.common import OURS
+from harness.ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
 
 LAYERS = "Linear + BatchNorm1d + ReLU"
 SHAPES = {  # N, F, M

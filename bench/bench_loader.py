@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,10 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _common import OURS, Report, Timing, arguments, interleave, paint, quantiles
-from baselines.loader import Job, RemoteRunner, Runner, Stats
-
 from bagssl_fast.augment import Augment
+from baselines.loader import Job, RemoteRunner, Runner, Stats
+from harness.common import OURS, Report, Timing, arguments, interleave, paint, quantiles
 
 # EMP-SSL blurs with Pillow, whose kernel has no end: 13 pixels are three sigma at the strongest.
 EMP = Augment(size=32, scale=(0.25, 0.25), blur_kernel=13)
@@ -48,6 +46,8 @@ CLASSIC = Augment(
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
 )
+
+ONE_CORE: dict[str, Any] = {"patches": 20, "threads": 1, "inline": True}
 
 
 class Peer(NamedTuple):
@@ -219,25 +219,30 @@ class Bench:
 
 
 def case_a(bench: Bench) -> None:
-    count = bench.count(32, 64)
-    job = bench.job(
-        "cifar10-train.tar", count, EMP, patches=20, batch_size=32, threads=1, inline=True
+    many_patches(
+        bench,
+        "a",
+        "CIFAR, P=20, EMP-SSL's augmentation, 16 -> 32",
+        bench.job("cifar10-train.tar", bench.count(32, 64), EMP, batch_size=32, **ONE_CORE),
+        floor=40.0,
     )
-    floors = {"torchvision PIL": 40.0, "torchvision v2": 40.0, "kornia": None}
-    title = "a  CIFAR, P=20, EMP-SSL's augmentation, 16 -> 32"
-    times = bench.compare("a", title, job, floors, ("cpu",), "patches")
-    decode_share(bench, "a", job, times)
 
 
 def case_b(bench: Bench) -> None:
-    count = bench.count(16, 32)
-    job = bench.job(
-        "imagenet-sample.tar", count, LARGE, patches=20, batch_size=16, threads=1, inline=True
+    many_patches(
+        bench,
+        "b",
+        "ImageNet, P=20, EMP-SSL's augmentation, a tenth -> 64",
+        bench.job("imagenet-sample.tar", bench.count(16, 32), LARGE, batch_size=16, **ONE_CORE),
+        floor=5.0,
     )
-    floors = {"torchvision PIL": 5.0, "torchvision v2": 5.0, "kornia": None}
-    title = "b  ImageNet, P=20, EMP-SSL's augmentation, a tenth -> 64"
-    times = bench.compare("b", title, job, floors, ("cpu",), "patches")
-    decode_share(bench, "b", job, times)
+
+
+def many_patches(bench: Bench, case: str, title: str, job: Job, floor: float) -> None:
+    """Patches per second of CPU time, beside torchvision's two pipelines and kornia."""
+    floors = {"torchvision PIL": floor, "torchvision v2": floor, "kornia": None}
+    times = bench.compare(case, f"{case}  {title}", job, floors, ("cpu",), "patches")
+    decode_share(bench, case, job, times)
 
 
 def case_c(bench: Bench) -> None:
@@ -336,10 +341,8 @@ CASES = {"a": case_a, "b": case_b, "c": case_c, "d": case_d, "e": case_e}
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, data=True)
     parser.add_argument("--cases", default="a,b,c,d,e", help="which, separated by commas")
-    data = os.environ.get("BAGSSL_DATA", "../shared/data")
-    parser.add_argument("--data", type=Path, default=Path(data), help="folder of the tars")
     parser.add_argument("--peer-python", metavar="PATH", help="a Python that has FFCV and DALI")
     parser.add_argument(
         "--providers", nargs="*", choices=[*PEERS], help="only these beside ours (default: all)"
@@ -348,8 +351,6 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.cases.split(",")) - set(CASES):
         parser.error(f"--cases {','.join(sorted(unknown))}: there are {','.join(CASES)}")
-    if not options.data.is_dir():
-        parser.error(f"--data {options.data} is not a folder; point it, or BAGSSL_DATA, at one")
     with tempfile.TemporaryDirectory(prefix="bench_loader_") as work:
         bench = Bench(options, Path(work))
         for case in options.cases.split(","):

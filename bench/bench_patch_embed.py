@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from _common import OURS
-from _ops import COMPILED, Call, OpCase, main
 from torch import Tensor
 
 from bagssl_fast import ops
+from harness.common import OURS
+from harness.ops import COMPILED, Call, OpCase, main
 
 UNFOLD, INDEX = "unfold + linear", "indexing + linear"
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import OURS, Report, Timing, arguments, timed
-from _memory import peak_memory
-from _swap_hosts import HOSTS, PIXELS, Host, Missing, Step, checkout, revision
 from torch import Tensor
 
 from bagssl_fast.augment import Augment
 from bagssl_fast.integrations.data import MultiCropLoader
+from harness.common import OURS, Report, Timing, arguments, timed
+from harness.memory import peak_memory
+from harness.swap_hosts import HOSTS, PIXELS, Host, Missing, Step, checkout, revision
 
 AS_IT_IS = "the host as it is"
 CONTROL = "the host, one rounding off"
@@ -132,10 +132,11 @@ def lightly_tests(report: Report) -> None:
         raise Missing("lightly's tests want pytest-mock")
     here = str(Path(__file__).resolve().parent)
     files = [f"tests/loss/test_{name}.py" for name in LIGHTLY_TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "_swap_plugin", "-p", "no:cacheprovider"]
+    flags = "-q -p harness.swap_plugin -p no:cacheprovider -W ignore"
+    command = [sys.executable, "-m", "pytest", *flags.split(), *files]
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [*command, "-W", "ignore", *files],
+        command,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,

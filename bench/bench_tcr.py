@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from _common import OURS
-from _ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
 from torch import Tensor
 
 from bagssl_fast import ops
+from baselines.losses import coding_rate
+from harness.common import OURS
+from harness.ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
 
 EMP_SSL = "EMP-SSL's loop"
 SHAPES = {
@@ -22,24 +23,15 @@ SHAPES = {
 }
 
 
-def emp_ssl(z: Tensor) -> Tensor:
-    _, batch, dim = z.shape
-    total = torch.zeros(())
-    for rows in z:
-        gram = rows.T.matmul(rows)
-        total = total + torch.logdet(torch.eye(dim) + dim / (batch * 0.2) * gram) / 2
-    return total / len(z)
-
-
 def reference(z: Tensor) -> Tensor:
     return ops.tcr(z, impl="reference").mean()
 
 
 PROVIDERS = {
     OURS: lambda z: ops.tcr(z).mean(),
-    EMP_SSL: emp_ssl,
+    EMP_SSL: coding_rate,
     REFERENCE: reference,
-    COMPILED: torch.compile(emp_ssl),
+    COMPILED: torch.compile(coding_rate),
 }
 
 

@@ -1,22 +1,18 @@
 """vicreg: all three terms and their gradients, beside the VICReg authors' formula and lightly.
 
-The authors' code has two views. With P slots their formula is applied as one would: variance and
-covariance (D x D) slot by slot in a loop, the invariance as the mean over all pairs of slots; at
-P = 2 it is their code line by line. lightly's class runs where there are two slots. Timed is the
-weighted loss (25, 25, 1), forward and backward to z.
+The authors' formula (`baselines/losses.py`) runs slot by slot; lightly's class runs where there are
+two slots. Timed is the weighted loss (25, 25, 1), forward and backward to z.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import torch
-import torch.nn.functional as F
-from _common import OURS
-from _ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
 from torch import Tensor
 
 from bagssl_fast import ops
+from baselines.losses import vicreg
+from harness.common import OURS
+from harness.ops import COMPILED, REFERENCE, Call, OpCase, gradients, main
 
 AUTHORS, LIGHTLY = "authors' formula", "lightly"
 SHAPES = {
@@ -25,22 +21,6 @@ SHAPES = {
     "B2048 D2048 P2": (2, 2048, 2048),
     "B128 D1024 P20": (20, 128, 1024),
 }
-
-
-def authors(z: Tensor) -> Tensor:
-    slots = z.unbind()
-    pairs = list(combinations(slots, 2))
-    invariance = sum(F.mse_loss(x, y) for x, y in pairs) / len(pairs)
-    variance = covariance = torch.zeros(())
-    for x in slots:
-        x = x - x.mean(dim=0)
-        std = torch.sqrt(x.var(dim=0) + 1e-4)
-        variance = variance + torch.mean(F.relu(1 - std)) / len(slots)
-        c = (x.T @ x) / (len(x) - 1)
-        n = len(c)
-        off_diagonal = c.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
-        covariance = covariance + off_diagonal.pow_(2).sum().div(n) * 2 / len(slots)
-    return 25 * invariance + 25 * variance + covariance
 
 
 def lightly(z: Tensor) -> Tensor:
@@ -60,7 +40,7 @@ def reference(z: Tensor) -> Tensor:
 
 PROVIDERS = {
     OURS: ours,
-    AUTHORS: authors,
+    AUTHORS: vicreg,
     LIGHTLY: lightly,
     REFERENCE: reference,
     COMPILED: torch.compile(reference),

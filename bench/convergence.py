@@ -41,7 +41,9 @@ def curve(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="training images")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--impl", default="auto", help="what is compared with the reference")

@@ -27,8 +27,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 DTYPES = ("float32", "bfloat16", "float16")
 BANDWIDTH = 3.35e12
 PEAK = {"float32": 165e12, "bfloat16": 989e12, "float16": 989e12}
@@ -38,8 +36,9 @@ QUICK_TARGETS = ("sm_90",)
 
 def compile_rows(quick: bool, targets: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
     import torch
-    from _kernel_cases import CASES
-    from _kernel_probe import compile_case
+
+    from harness.kernel_cases import CASES
+    from harness.kernel_probe import compile_case
 
     rows = []
     for target in targets:
@@ -55,8 +54,9 @@ def compile_rows(quick: bool, targets: list[str], dtypes: list[str]) -> list[dic
 def traffic_rows(quick: bool) -> list[dict[str, Any]]:
     """In the interpreter: bytes of every pass, in float32 and float16 (bfloat16 is the same)."""
     import torch
-    from _kernel_cases import CASES
-    from _kernel_probe import count_case
+
+    from harness.kernel_cases import CASES
+    from harness.kernel_probe import count_case
 
     rows = []
     for case in CASES:
@@ -162,9 +162,12 @@ def main() -> int:
 
     import torch
     import triton
-    from _kernel_probe import TARGETS
+
+    from harness.kernel_probe import TARGETS
 
     targets = options.targets or list(QUICK_TARGETS if options.quick else TARGETS)
+    if unknown := set(targets) - set(TARGETS):
+        parser.error(f"--targets {' '.join(sorted(unknown))}: the targets are {' '.join(TARGETS)}")
     kernels = compile_rows(options.quick, targets, ["float16"] if options.quick else list(DTYPES))
     traffic = count_in_interpreter(options.quick)
     show(kernels, traffic)

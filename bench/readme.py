@@ -6,13 +6,16 @@ is than each other provider's in the same run. Ratios are those of the medians; 
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import OURS
+from harness.common import OURS
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTION = re.compile(r"(<!-- performance -->\n).*?(<!-- /performance -->)", re.S)
@@ -20,7 +23,7 @@ TITLES = {  # in this order
     "throughput": "Whole training steps, data included, and evaluation (`bench/throughput.py`)",
     "time_to_accuracy": "Time to accuracy (`bench/time_to_accuracy.py`; medians over seeds)",
     "bench_loader": "The data path (`bench/bench_loader.py`)",
-    "ops": "Ops, forward and backward (`bench/bench_<op>.py`)",
+    "ops": "Ops, forward and (where there is one) backward (`bench/bench_<op>.py`)",
     "bench_swap": "In other people's trainings (`bench/bench_swap.py`)",
 }
 METRICS = {"images per second", "time", "memory", "step", "patches per core", "images per core"}
@@ -100,8 +103,8 @@ def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return by if "/s" in ours["unit"] else 1 / by
 
 
-def main() -> None:
-    """Replaces what stands between the README's performance marks."""
+def updated(readme: str) -> str:
+    """README.md with the tables of the committed results between its performance marks."""
     found = rows()
     machines = "\n".join(
         f"- {line} (revisions: in the files)"
@@ -111,13 +114,34 @@ def main() -> None:
         "Measured side by side in one run, at equal numerics (checked before timing), medians of "
         f"interleaved rounds; below 1 we lose:\n\n{machines}\n\n{tables(found)}\n"
     )
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after, count = SECTION.subn(lambda m: m[1] + text + m[2], before)
+    after, count = SECTION.subn(lambda m: m[1] + text + m[2], readme)
     if count != 1:
-        raise SystemExit("README.md has lost its marks <!-- performance --> ... ")
-    readme.write_text(after)
+        raise SystemExit(
+            "README.md: expected one section <!-- performance --> ... <!-- /performance -->, "
+            f"found {count}"
+        )
+    return after
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if README.md is out of date"
+    )
+    options = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = updated(before)
+    if before == after:
+        return 0
+    if options.check:
+        print("README.md is out of date: run `python bench/readme.py`", file=sys.stderr)
+        return 1
+    readme.write_text(after, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

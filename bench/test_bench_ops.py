@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import pytest
+
 import bench_bag_pool
 import bench_conv3x3
 import bench_dense
 import bench_linear_bn_relu
 import bench_patch_embed
+import bench_patch_views
 import bench_tcr
 import bench_vicreg
-import pytest
-from _common import OURS
-from _ops import COMPILED, OpCase
+from harness.common import OURS
+from harness.ops import COMPILED, OpCase
 
 BENCHES = (
     bench_vicreg,
     bench_tcr,
     bench_bag_pool,
     bench_patch_embed,
+    bench_patch_views,
     bench_linear_bn_relu,
     bench_conv3x3,
     bench_dense,

@@ -6,7 +6,7 @@ Every system takes the same steps: data, encode, loss, backward, optimizer. All 
 (CIFAR-10 as arrays, ImageNet as JPEG files), P, patch size, encoder, projector, weights, loss and
 optimizer; before a system is timed its loss and gradient on given patches and weights are compared
 with the float64 reference, and a system whose parity is red is refused. Systems (`baselines/` and
-`_ours.py`, one small file each):
+`harness/ours.py`, one small file each):
 
   emp_ssl            the authors' way: torchvision on PIL images in DataLoader workers, a loss that
                      loops over the patches (2304.03977)
@@ -41,13 +41,23 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads its OpenMP
 
 import torch
-from _cases import EVALUATION, TRAINING, Case, Images, prepare_images
-from _clock import PHASES, Laps, clock
-from _common import Report, Timing, arguments, cpu_seconds, interleave, number, paint, quantiles
-from _memory import peak_here
-from _ours import initial_weights
-from _parity import check, gemm_peak, model_flops
+
 from baselines.step import Setup, System, cpu_seconds_of_workers
+from harness.cases import EVALUATION, TRAINING, Case, Images, prepare_images
+from harness.clock import PHASES, Laps, clock
+from harness.common import (
+    Report,
+    Timing,
+    arguments,
+    cpu_seconds,
+    interleave,
+    number,
+    paint,
+    quantiles,
+)
+from harness.memory import peak_here
+from harness.ours import initial_weights
+from harness.parity import check, gemm_peak, model_flops
 
 # name -> where it is, how its package is installed
 SYSTEMS = {
@@ -57,11 +67,11 @@ SYSTEMS = {
     "torch_compile": ("baselines.plain_torch:CompiledTorch", "pip install torchvision"),
     "torch_kornia": ("baselines.kornia_torch:KorniaTorch", "pip install kornia"),
     "lightly": ("baselines.lightly_ssl:Lightly", "pip install lightly"),
-    "bagssl_fast": ("_ours:Ours", ""),
-    "bagssl_fast_dense": ("_ours:OursDense", ""),
-    "bagssl_fast_compile": ("_ours:OursCompiled", ""),
-    "bagssl_fast_dense_compile": ("_ours:OursDenseCompiled", ""),
-    "bagssl_fast_device": ("_ours:OursOnDevice", ""),
+    "bagssl_fast": ("harness.ours:Ours", ""),
+    "bagssl_fast_dense": ("harness.ours:OursDense", ""),
+    "bagssl_fast_compile": ("harness.ours:OursCompiled", ""),
+    "bagssl_fast_dense_compile": ("harness.ours:OursDenseCompiled", ""),
+    "bagssl_fast_device": ("harness.ours:OursOnDevice", ""),
 }
 QUICK_SYSTEMS = ("emp_ssl", "torch", "torch_kornia", "bagssl_fast", "bagssl_fast_dense")
 QUICK_CASES = ("cifar-tcr", "eval-256")
@@ -72,7 +82,7 @@ FLOORS = {
     "cifar-resnet18": {"emp_ssl": 1.3},
     "eval-256": {"torch": 5.0},
 }
-ColorS = {
+COLORS = {
     "data wait": "red",
     "encode": "cyan",
     "loss": "yellow",
@@ -274,7 +284,7 @@ class Bench:
 
     def evaluate(self, name: str) -> None:
         """Times the encoding of evaluation bags: dense, and patch by patch."""
-        from _evaluation import bag_encoders
+        from harness.evaluation import bag_encoders
 
         o, count = self.options, EVALUATION[name]
         images = 16 if o.quick else 64
@@ -307,7 +317,7 @@ def bars(split: dict[str, dict[str, float]], width: int = 60) -> None:
         for phase, seconds in phases.items():
             done += seconds
             upto = round(width * done / longest)
-            bar += paint(phase[0] * (upto - drawn), ColorS[phase])
+            bar += paint(phase[0] * (upto - drawn), COLORS[phase])
             drawn = upto
         print(f"  {name:26}{bar}")
     letters = ", ".join(f"{phase[0]} {phase}" for phase in PHASES)
@@ -315,9 +325,7 @@ def bars(split: dict[str, dict[str, float]], width: int = 60) -> None:
 
 
 def parse(argv: Sequence[str] | None = None, systems: Iterable[str] = SYSTEMS) -> Any:
-    parser = arguments(__doc__, rounds=5)
-    data = os.environ.get("BAGSSL_DATA", "../shared/data")
-    parser.add_argument("--data", type=Path, default=Path(data), help="folder of the tars")
+    parser = arguments(__doc__, rounds=5, data=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     every = [*TRAINING, *EVALUATION]
     parser.add_argument("--cases", nargs="+", choices=every, metavar="CASE", help=", ".join(every))
@@ -335,8 +343,6 @@ def parse(argv: Sequence[str] | None = None, systems: Iterable[str] = SYSTEMS) -
     options.seconds = options.seconds or (12 if options.quick else 45)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
-    if not options.data.is_dir():
-        parser.error(f"--data {options.data} is not a folder; point it, or BAGSSL_DATA, at one")
     return options
 
 
@@ -347,18 +353,16 @@ def main(argv: Sequence[str] | None = None, systems: dict[str, Any] | None = Non
     with tempfile.TemporaryDirectory(prefix="throughput_") as work:
         bench = Bench(options, Path(work), systems)
         if options.scale:
-            importlib.import_module("_scale").run(bench)
+            importlib.import_module("harness.scale").run(bench)
         else:
-            for name in options.cases or (
-                QUICK_CASES if options.quick else [*TRAINING, *EVALUATION]
-            ):
+            for name in options.cases:
                 if name in TRAINING:
                     bench.train(TRAINING[name])
                 else:
                     bench.evaluate(name)
         bench.report.save(options.json, options.csv)
     if options.plot and bench.split:
-        importlib.import_module("_plots").draw_steps(
+        importlib.import_module("harness.plots").draw_steps(
             bench.split, bench.report.machine, options.plot
         )
     for line in bench.refused:

@@ -19,6 +19,7 @@ and their augmentation; they run one after another, so read this on a quiet mach
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import tempfile
@@ -31,21 +32,21 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in throughput.py
 
 import numpy as np
-import throughput
 import torch
-from _cases import TRAINING, Case, Images, prepare_images
-from _clock import Laps, clock
-from _common import Report, arguments, paint
-from _ours import our_model
-from baselines.step import Setup, System
 from torch import Tensor
 from torch.optim import lr_scheduler
 
+import throughput
 from bagssl_fast.config import OptimConfig
 from bagssl_fast.evaluation.features import Plan, dense_bags, fold_batch_norm
 from bagssl_fast.evaluation.probes import knn_accuracy, linear_probe
 from bagssl_fast.models.bag_model import BagModel
 from bagssl_fast.models.encoders import build_encoder
+from baselines.step import Setup, System
+from harness.cases import TRAINING, Case, Images, prepare_images
+from harness.clock import Laps, clock
+from harness.common import Report, arguments, paint
+from harness.ours import our_model
 
 TARGETS = (0.50, 0.55, 0.60)
 EVAL_PATCHES = 25  # of each image
@@ -66,6 +67,7 @@ CASE = replace(
 
 
 Point = tuple[float, float, float]  # seconds of training, kNN, linear
+Curves = dict[str, list[list[Point]]]  # by system, one per seed
 
 
 def labels(images: Images) -> Tensor:
@@ -149,13 +151,16 @@ def seconds_to(target: float, curve: list[Point], probe: int) -> float:
     return math.inf
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    data = os.environ.get("BAGSSL_DATA", "../shared/data")
-    parser.add_argument("--data", type=Path, default=Path(data), help="folder of the tars")
+def parse() -> argparse.Namespace:
+    parser = arguments(__doc__, data=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--systems", nargs="+", default=["bagssl_fast_dense", "bagssl_fast", "torch_kornia"]
+        "--systems",
+        nargs="+",
+        choices=[*throughput.SYSTEMS],
+        default=["bagssl_fast_dense", "bagssl_fast", "torch_kornia"],
+        metavar="SYSTEM",
+        help="as in throughput.py",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=50_000, help="training images")
@@ -166,54 +171,74 @@ def main() -> None:
     o = parser.parse_args()
     if o.quick:
         o.seeds, o.images, o.evaluations, o.epochs = 1, min(o.images, 640), 2, 1.0
-    torch.set_num_threads(o.threads)
+    return o
+
+
+def trainings(o: argparse.Namespace, folder: Path) -> Curves:
+    """Trains every system from every seed."""
     case: Case = replace(CASE, batch=64 if o.quick else CASE.batch)
-    report = Report("time_to_accuracy", o.threads)
-    curves: dict[str, list[list[Point]]] = {}  # by system, one per seed
-    times: dict[tuple[str, str], list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="time_to_accuracy_") as work:
-        folder = Path(work)
-        images = prepare_images("cifar", o.data, o.images, folder)
-        bank_images, test_images = (200, 100) if o.quick else (o.bank, 2_000)
-        test = prepare_images("cifar-test", o.data, test_images, folder)
-        bank = images
-        if bank_images != len(images):
-            bank = prepare_images("cifar", o.data, bank_images, folder)
-        steps = max(1, int(o.epochs * len(images) / case.batch))
-        for seed in range(o.seeds):
-            weights = [p.detach() for p in our_model(case, seed=seed).parameters()]
-            first = None
-            setup = Setup(case, images, weights, steps, o.device, o.threads, seed=seed)
-            for name in o.systems:
-                torch.manual_seed(seed)
-                print(f"  {paint(name, 'bold')}, seed {seed}, {steps} steps")
-                system = throughput.import_system(throughput.SYSTEMS[name][0])(setup)
-                curve = run(system, (bank, test), o.evaluations, first)
-                first = curve[0]
-                system.close()
-                curves.setdefault(name, []).append(curve)
-                for i, probe in ((1, "kNN"), (2, "linear")):
-                    for target in TARGETS:
-                        key = (name, f"seconds to {target:.0%} {probe}")
-                        times.setdefault(key, []).append(seconds_to(target, curve, i))
-                    best = max(c[i] for c in curve)
-                    times.setdefault((name, f"best {probe}"), []).append(best)
-    for (name, metric), values in times.items():
-        unit = "s" if metric.startswith("seconds") else "fraction"
+    bank_images, test_images = (200, 100) if o.quick else (o.bank, 2_000)
+    images = prepare_images("cifar", o.data, o.images, folder)
+    test = prepare_images("cifar-test", o.data, test_images, folder)
+    bank = images
+    if bank_images != len(images):
+        bank = prepare_images("cifar", o.data, bank_images, folder)
+    steps = max(1, int(o.epochs * len(images) / case.batch))
+    curves: Curves = {name: [] for name in o.systems}
+    for seed in range(o.seeds):
+        weights = [p.detach() for p in our_model(case, seed=seed).parameters()]
+        first = None
+        setup = Setup(case, images, weights, steps, o.device, o.threads, seed=seed)
+        for name in o.systems:
+            torch.manual_seed(seed)
+            print(f"  {paint(name, 'bold')}, seed {seed}, {steps} steps")
+            system = throughput.import_system(throughput.SYSTEMS[name][0])(setup)
+            curve = run(system, (bank, test), o.evaluations, first)
+            first = curve[0]
+            system.close()
+            curves[name].append(curve)
+    return curves
+
+
+def record(report: Report, curves: Curves) -> None:
+    """Rows: the seconds to each target and the best accuracy, one sample per seed."""
+
+    def add(name: str, metric: str, values: list[float], unit: str) -> None:
         report.add("cifar-tcr, 8 patches", name, metric, values, unit)
         print(f"  {name:24}{metric:24}" + "  ".join(f"{v:.3g}" for v in values) + f" {unit}")
+
+    for name, runs in curves.items():
+        for i, probe in ((1, "kNN"), (2, "linear")):
+            for target in TARGETS:
+                seconds = [seconds_to(target, curve, i) for curve in runs]
+                add(name, f"seconds to {target:.0%} {probe}", seconds, "s")
+            best = [max(point[i] for point in curve) for curve in runs]
+            add(name, f"best {probe}", best, "fraction")
+
+
+def draw(curves: Curves, machine: str, path: Path) -> None:
+    from harness.plots import draw_runs
+
+    panels = {
+        probe: {
+            name: [[(point[0], 100 * point[i]) for point in curve] for curve in runs]
+            for name, runs in curves.items()
+        }
+        for i, probe in ((1, "kNN"), (2, "linear probe"))
+    }
+    draw_runs(panels, machine, path)
+
+
+def main() -> None:
+    o = parse()
+    torch.set_num_threads(o.threads)
+    report = Report("time_to_accuracy", o.threads)
+    with tempfile.TemporaryDirectory(prefix="time_to_accuracy_") as work:
+        curves = trainings(o, Path(work))
+    record(report, curves)
     report.save(o.json, o.csv)
     if o.plot:
-        from _plots import draw_runs
-
-        panels = {
-            probe: {
-                name: [[(point[0], 100 * point[i]) for point in curve] for curve in runs]
-                for name, runs in curves.items()
-            }
-            for i, probe in ((1, "kNN"), (2, "linear probe"))
-        }
-        draw_runs(panels, report.machine, o.plot)
+        draw(curves, report.machine, o.plot)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn as dist_nn
 import torch.nn.functional as F
-from _swap_hosts import definitions
 from torch import Tensor, nn
+
+from harness.swap_hosts import definitions
 
 VICREG_ARGS = SimpleNamespace(
     mlp="16-16-12", batch_size=16, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, arch="resnet34"

@@ -137,7 +137,7 @@ class TestResult:
     def test_tables_are_markdown(self):
         assert self.RESULT.tables[0].markdown().splitlines()[2:] == [
             "| x | y |",
-            "| --- | --- |",
+            "| --- | ---: |",
             "| b | 1.5 |",
             "| c | 2 |",
         ]

@@ -4,24 +4,20 @@ Triton turns an argument of 1 into a Python int inside the kernel, which the int
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def compile_case(monkeypatch: pytest.MonkeyPatch) -> Callable:
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    import _kernel_cases
-    import _kernel_probe
+def compile_case() -> Callable:
+    from harness import kernel_cases, kernel_probe
 
     def run(case: str, *sizes: int) -> list[dict]:
-        made = getattr(_kernel_cases, case)(*sizes)
-        return _kernel_probe.compile_case(made, "sm_80", torch.float16)
+        made = getattr(kernel_cases, case)(*sizes)
+        return kernel_probe.compile_case(made, "sm_80", torch.float16)
 
     return run
 

@@ -1,7 +1,6 @@
 """The pixels of patch views: torchvision's, the same in every implementation, and the errors."""
 
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -14,9 +13,8 @@ from view_cases import COLUMN, draw, noise, photo, view_row
 
 from bagssl_fast import _C
 from bagssl_fast.ops.reference.patch_views import patch_views as reference_views
+from baselines.patch_views import STAGES, torchvision_view
 
-ORDERS = tuple(itertools.permutations(range(4)))
-STAGES = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # The resize of torch's uint8 kernels, which torchvision takes only on these CPUs.
@@ -43,20 +41,9 @@ def theirs(
     blur_kernel: int = 0,
 ) -> np.ndarray:
     """torchvision's functional ops in sequence on a uint8 tensor."""
-    view = {name: row[i].item() for name, i in COLUMN.items()}
+    kernel = blur_kernel or _C.auto_blur_kernel(*size)
     x = torch.from_numpy(image).permute(2, 0, 1)
-    box = [int(view[name]) for name in ("top", "left", "height", "width")]
-    x = F.resized_crop(x, *box, list(size), InterpolationMode(interpolation), antialias=True)
-    x = F.horizontal_flip(x) if view["flip"] else x
-    if view["order"] >= 0:
-        for stage in ORDERS[int(view["order"])]:
-            x = STAGES[stage](x, row[5 + stage].item())
-    x = F.rgb_to_grayscale(x, 3) if view["gray"] else x
-    if view["sigma"] > 0:
-        kernel = blur_kernel or _C.auto_blur_kernel(*size)
-        x = F.gaussian_blur(x, [kernel, kernel], [view["sigma"]] * 2)
-    x = F.solarize(x, view["solarize"]) if view["solarize"] < 256 else x
-    return x.permute(1, 2, 0).numpy()
+    return torchvision_view(x, row.tolist(), size, interpolation, kernel).permute(1, 2, 0).numpy()
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> int:

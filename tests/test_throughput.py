@@ -15,16 +15,17 @@ import torch
 
 pytest.importorskip("torchvision")
 
-import throughput
-from _cases import TRAINING, Case, Images
-from _clock import PHASES, CudaClock, Laps
-from _common import Row
-from _ours import OursDense, OursOnDevice, initial_weights
-from _parity import check, model_flops
-from baselines.emp_ssl import EMPSSL
-from baselines.step import Setup
 from PIL import Image
 from torch import Tensor
+
+import throughput
+from baselines.emp_ssl import EMPSSL
+from baselines.step import Setup
+from harness.cases import TRAINING, Case, Images
+from harness.clock import PHASES, CudaClock, Laps
+from harness.common import Row
+from harness.ours import OursDense, OursOnDevice, initial_weights
+from harness.parity import check, model_flops
 
 CASE: Case = dataclasses.replace(
     TRAINING["cifar-tcr"],

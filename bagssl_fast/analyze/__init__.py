@@ -9,7 +9,7 @@
 - `figures.py`: one look for all figures.
 - one module per claim: `patches.py` (1), `aggregation.py` (2), `mean.py` (3), `locality.py` (4),
   `cooccurrence.py` (5), `epochs.py` (6).
-- `html.py`: the report.
+- `report.py`: the report as Markdown, and the same rendered as one page.
 
 What it costs, CPU seconds of one Zen 1 core per seed, CIFAR-10, the recipe `analysis`: a training
 (600 steps of 64 images, two patches each) 66, of BYOL 100; reading 5,000 images 20 to 30 from bags

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bagssl_fast import cli, machine
-from bagssl_fast.analyze import html
+from bagssl_fast.analyze import report
 from bagssl_fast.analyze.models import Context
-from bagssl_fast.analyze.study import CLAIMS, MODULES, Result, Study, Table
+from bagssl_fast.analyze.study import CLAIMS, MODULES, Result, Study
 from bagssl_fast.config import Config
 from bagssl_fast.files import write_atomic
 from bagssl_fast.terminal import say
@@ -55,6 +55,7 @@ def examine(study: Study, context: Context) -> Result:
     if "result" in kept:
         say(f"claim {study.claim}: kept result, {path}")
         return Result.from_json(kept["result"])
+    report.check_packages()
     say(f"claim {study.claim}: {study.title}")
     started = time.monotonic()
     context.costs, context.spent = {}, 0.0
@@ -118,33 +119,14 @@ def describe(options: argparse.Namespace, context: Context, results: Sequence[Re
 
 
 def write(context: Context, results: Sequence[Result], about: About) -> None:
-    """Writes results.json, README.md (the same for a repository) and report.html."""
+    """Writes results.json, README.md (the report for a repository) and report.html."""
     content = {"about": about, "results": [result.to_json() for result in results]}
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomic(context.out / "results.json", text.encode())
-    write_atomic(context.out / "README.md", markdown(results, about).encode())
-    write_atomic(context.out / "report.html", html.page(context.out, results, about).encode())
+    text = report.markdown(results, about)
+    files = {
+        "results.json": json.dumps(content, indent=1) + "\n",
+        "README.md": text,
+        "report.html": report.page(text, context.out),
+    }
+    for name, body in files.items():
+        write_atomic(context.out / name, body.encode())
     say(f"written  {context.out / 'report.html'}")
-
-
-def markdown(results: Sequence[Result], about: About) -> str:
-    """Verdicts, texts, figures and tables as Markdown."""
-    verdicts: list[list[str | int | float]] = [[r.claim, r.title, r.verdict] for r in results]
-    minutes = (
-        f"{about['seconds'] / 60:.0f} minutes wall-clock, whatever else the machine did included"
-    )
-    machine = ", ".join([about["machine"]["cpu"], f"{about['machine']['cores']} cores"])
-    parts = [
-        f"# The paper's claims on {about['data']}\n",
-        f"Made by `{about['command']}`: {about['seeds']} seed(s), {minutes}; "
-        f"{machine}, torch {about['machine']['packages']['torch']}. Verdicts are computed from "
-        "the numbers: a difference counts beyond two standard errors.\n",
-        Table("Verdicts", ["claim", "", "verdict"], verdicts).markdown(),
-    ]
-    for result in results:
-        parts.append(f"## {result.claim}. {result.title}\n\nVerdict: **{result.verdict}**\n")
-        parts.append(result.text + "\n")
-        for figure in result.figures:
-            parts.append(f"![{figure.title}]({figure.path})\n\n{figure.caption}\n")
-        parts += [table.markdown() for table in result.tables]
-    return "\n".join(parts)

@@ -27,18 +27,12 @@ DPI = 150
 
 
 def panels(rows: int = 1, columns: int = 1, width: float = 3.6, height: float = 2.9) -> Any:
-    """A figure of `rows` x `columns` axes: (figure, axes as a flat list).
+    """A figure of `rows` x `columns` axes: (figure, axes as a flat list)."""
+    import matplotlib
 
-    Raises:
-        ValueError: If matplotlib is not installed.
-    """
-    try:
-        import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ValueError("the figures need matplotlib: pip install 'bagssl_fast[demo]'") from error
     pyplot.rcParams.update(STYLE)  # legends and texts that are added later want it too
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False

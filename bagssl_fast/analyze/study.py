@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -30,12 +31,37 @@ class Table:
     columns: list[str]
     rows: list[list[str | int | float]]
 
-    def markdown(self) -> str:
-        """The table as Markdown, with its title as a bold line above."""
-        lines: list[Sequence[str | int | float]] = [self.columns, ["---"] * len(self.columns)]
-        lines += self.rows
-        body = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-        return f"**{self.title}**\n\n{body}\n"
+    def markdown(self, plain: bool = True) -> str:
+        """The table as Markdown, its title as a bold line above, numbers to the right.
+
+        Args:
+            plain: Whether cells are shown as they are; they are Markdown otherwise.
+        """
+        shown = escape if plain else str
+        numeric = [
+            all(is_number(row[i]) for row in self.rows if row[i] not in ("", "-"))
+            for i in range(len(self.columns))
+        ]
+        lines = [
+            [shown(name) for name in self.columns],
+            ["---:" if number else "---" for number in numeric],
+            *([shown(cell) for cell in row] for row in self.rows),
+        ]
+        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"**{escape(self.title)}**\n\n{body}\n"
+
+
+def escape(text: object) -> str:
+    """Plain text as one line of Markdown that shows it as it is."""
+    return re.sub(r"([\\`*_\[\]<>&|~#$])", r"\\\1", " ".join(str(text).split()))
+
+
+def is_number(cell: str | int | float) -> bool:
+    """Whether a cell is a number, with or without a spread, unit or sign of its own."""
+    if not isinstance(cell, str):
+        return True
+    number = r"[-+−]?\d[\d,.]*(e[-+]?\d+)?"
+    return re.fullmatch(rf"{number}( ?± ?{number})? ?(%|s|x|°)?", cell.strip()) is not None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.loader_torchvision import transform
+from baselines.losses import coding_rate
 from baselines.step import Bags, Setup, System, TensorwiseLARS, worker_loader
 
 
@@ -36,13 +37,6 @@ class EMPSSL(System):
     def loss(self, z: Tensor) -> Tensor:
         center = z.mean(dim=0)
         similarity = torch.zeros((), device=z.device)
-        coding_rate = torch.zeros((), device=z.device)
         for patch in z:
             similarity = similarity + F.cosine_similarity(patch, center, dim=1).mean()
-            coding_rate = coding_rate + self.coding_rate(patch)
-        return -200.0 * similarity / len(z) - coding_rate / len(z)
-
-    def coding_rate(self, z: Tensor, eps: float = 0.2) -> Tensor:
-        batch, dim = z.shape
-        covariance = z.T @ z * (dim / (batch * eps))
-        return torch.logdet(torch.eye(dim, device=z.device) + covariance) / 2
+        return -200.0 * similarity / len(z) - coding_rate(z)

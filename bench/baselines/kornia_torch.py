@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import kornia.augmentation  # noqa: F401  (an ImportError here says that it is not installed)
 import torch
-from _cases import Case
 from torch import Tensor
 
 from baselines.loader_kornia import pipeline
 from baselines.plain_torch import PlainTorch
 from baselines.step import Setup
+from harness.cases import Case
 
 
 class KorniaTorch(PlainTorch):

@@ -26,7 +26,7 @@ BENCH = Path(__file__).resolve().parent.parent
 if str(BENCH) not in sys.path:  # a worker's search path starts in this folder
     sys.path.insert(0, str(BENCH))
 
-from _common import Timing, cpu_seconds  # noqa: E402
+from harness.common import Timing, cpu_seconds  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from _cases import Case, Images
-from _clock import Laps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+from harness.cases import Case, Images
+from harness.clock import Laps
 
 
 @dataclass

@@ -9,12 +9,14 @@ import subprocess
 from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from bagssl_fast.analyze import html
-from bagssl_fast.analyze.study import Figure, Result, Table
+from bagssl_fast.analyze import report
+from bagssl_fast.analyze.analysis import examine
+from bagssl_fast.analyze.study import Figure, Result, Study, Table, is_number
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 # Attributes through which a page can fetch.
@@ -88,17 +90,21 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", "".join(self.words))
 
 
+def rendered(out: Path, results: list[Result], about: dict) -> str:
+    return report.page(report.markdown(results, about), out)
+
+
 @pytest.fixture(scope="module")
 def page(out: Path) -> str:
-    return html.page(out, results(), about())
+    return rendered(out, results(), about())
 
 
 def test_every_tag_is_closed_and_every_claim_has_its_section(page):
     parsed = Page(page)
-    ids = {attrs.get("id") for _, attrs in parsed.tags}
-    assert {"claim-1", "claim-4", "claim-5"} <= ids
+    claims = ["1-patches-are-enough", "4-h-is-local", "5-co-occurrence"]
+    assert set(claims) <= {attrs.get("id") for tag, attrs in parsed.tags if tag == "h2"}
     inner = [value[1:] for tag, value in parsed.sources if value.startswith("#")]
-    assert sorted(inner) == ["claim-1", "claim-4", "claim-5"]
+    assert inner == claims
     assert all(attrs.get("alt") for tag, attrs in parsed.tags if tag == "img")
 
 
@@ -128,17 +134,19 @@ def test_words_verdicts_and_machine_stand_in_the_text(page):
         assert words in text, words
     assert "1 holds · 1 does not hold · 1 undecided" in text
     assert "--seeds 2" in text
+    for words in ("A curve. Accuracy against patches, h and z.", "Took 61 s.", "torch: 2.9"):
+        assert words in text, words
     assert "<code>code</code>" in page and "<strong>z</strong>" in page
 
 
 def test_a_quick_look_says_so(out, page):
     words = "A quick look, not a measurement"
     assert words not in page
-    assert words in html.page(out, results(), about(quick=True))
+    assert words in rendered(out, results(), about(quick=True))
 
 
 def test_numbers_are_set_to_the_right(page):
-    cells = re.findall(r"<td( class=\"n\")?>([^<]*)", page)
+    cells = re.findall(r"<td( style=\"text-align:right\")?>([^<]*)", page)
     right = {text: bool(kind) for kind, text in cells}
     assert right["61.2 ± 0.4"] and right["16"]
     assert not right["chance"]
@@ -153,27 +161,62 @@ def test_numbers_are_set_to_the_right(page):
     ids=str,
 )
 def test_what_a_number_is(cell, expected):
-    assert html.is_number(cell) is expected
+    assert is_number(cell) is expected
 
 
 def test_durations_are_for_people():
     needed = {8.4: "8 s", 89: "89 s", 150: "2 min", 3599: "1 h 00 min", 3725: "1 h 02 min"}
-    assert {seconds: html.duration(seconds) for seconds in needed} == needed
+    assert {seconds: report.duration(seconds) for seconds in needed} == needed
 
 
 def test_a_page_without_facts_or_results_is_a_page(out):
-    assert "<main>" in html.page(out, [], {})
-    Page(html.page(out, results(), {}))
+    assert "<main>" in rendered(out, [], {})
+    Page(rendered(out, results(), {}))
 
 
 def test_what_is_no_figure_is_refused(out):
     (out / "text.png").write_text("text")
     broken = Result(1, "t", "holds", "x", figures=[Figure("f", "text.png", "c")])
-    with pytest.raises(ValueError, match=r"text\.png is no PNG"):
-        html.page(out, [broken], {})
+    with pytest.raises(ValueError, match=r"text\.png is not a PNG"):
+        rendered(out, [broken], {})
     missing = Result(1, "t", "holds", "x", figures=[Figure("f", "missing.png", "c")])
     with pytest.raises(OSError, match=r"missing\.png"):
-        html.page(out, [missing], {})
+        rendered(out, [missing], {})
+
+
+NAMES = [
+    "<b>cats</b> & dogs.tar",
+    "a|b*c*_d_.tar",
+    "[a](http://b).tar",
+    r"`a``b` \\ $c$ ~~d~~ &lt; \|",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_data_are_shown_as_they_are(out, name):
+    """What a user calls a folder is text, never markup: neither of Markdown nor of HTML."""
+    facts = about(data=name, command=f"python -m bagssl_fast.analyze --data {name}")
+    results = [Result(1, "t", "holds", "x", tables=[Table(name, [name, "n"], [[name, 1]])])]
+    page = rendered(out, results, facts)
+    parsed = Page(page)
+    text = "".join(parsed.words)
+    assert f"The paper's claims on {name}" in text
+    assert f"--data {name}" in text
+    assert text.count(name) == 7  # title, heading, facts, the table's three, command
+    assert not {"b", "em", "del"} & {tag for tag, _ in parsed.tags}
+    assert [value for tag, value in parsed.sources if "//b" in value] == []
+    cells = [tag for tag, _ in parsed.tags if tag in ("th", "td")]
+    assert len(cells) == 6 + 4  # no name makes a column
+
+
+def test_what_is_not_installed_is_named_before_a_study_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = r"needs matplotlib, markdown-it-py: pip install 'bagssl_fast\[demo\]'"
+    with pytest.raises(ValueError, match=words):
+        report.page("# t", tmp_path)
+    study = Study("s", 3, "t", lambda _: pytest.fail("the study ran"))
+    with pytest.raises(ValueError, match=words):
+        examine(study, SimpleNamespace(out=tmp_path, settings=dict))
 
 
 # --- a real browser -------------------------------------------------------------------------------
@@ -190,7 +233,7 @@ addEventListener("load", () => {
     .map(e => e.name).filter(n => !n.startsWith("data:"));
   const root = document.documentElement;
   const report = {images, fetched, background, width: root.clientWidth,
-    content: root.scrollWidth, sections: document.querySelectorAll("section").length};
+    content: root.scrollWidth, claims: document.querySelectorAll("h2 + p > .chip").length};
   document.body.setAttribute("data-report", JSON.stringify(report));
 });
 </script>
@@ -241,7 +284,7 @@ def test_a_browser_shows_the_figures_and_fetches_nothing(page, tmp_path):
         assert 250 < width <= natural_width + 2  # shown, and never blown up
         assert width / height == pytest.approx(natural_width / natural_height, rel=0.02)
     assert report["fetched"] == []
-    assert report["sections"] == 3
+    assert report["claims"] == 3
 
 
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(page, tmp_path):

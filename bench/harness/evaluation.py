@@ -7,9 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from _cases import Case
-from _ours import our_model
-from baselines.step import PlainModel
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,6 +17,9 @@ from bagssl_fast.evaluation.features import (
     dense_stride,
     fold_batch_norm,
 )
+from baselines.step import PlainModel
+from harness.cases import Case
+from harness.ours import our_model
 
 PATCHES_AT_ONCE = 4096  # of patch-by-patch encoding
 

@@ -17,16 +17,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _cases import TRAINING, Case
-from _clock import Laps, clock
-from _common import interleave, paint, quantiles
-from _memory import peak_here
-from _ours import Ours, OursDense, initial_weights
+
+from bagssl_fast.losses import VICReg
+from baselines.losses import vicreg as authors_vicreg
 from baselines.plain_torch import PlainTorch
 from baselines.plain_torch import vicreg as plain_vicreg
 from baselines.step import Setup, System
-
-from bagssl_fast.losses import VICReg
+from harness.cases import TRAINING, Case
+from harness.clock import Laps, clock
+from harness.common import interleave, paint, quantiles
+from harness.memory import peak_here
+from harness.ours import Ours, OursDense, initial_weights
 
 SYSTEMS: tuple[type[System], ...] = (PlainTorch, Ours, OursDense)
 GRIDS = {4: 16, 9: 8, 25: 4, 81: 2, 289: 1}  # P -> stride on 32x32
@@ -52,7 +53,7 @@ def run(bench: Any) -> None:
     losses = [(d, lambda d=d: vicreg_losses(d, bench.options.device)) for d in WIDTHS[quick]]
     panels |= measure(bench, "D", losses)
     if bench.options.plot:
-        from _plots import draw_curves
+        from harness.plots import draw_curves
 
         draw_curves(panels, bench.report.machine, bench.options.plot)
 
@@ -76,16 +77,11 @@ def vicreg_losses(dim: int, device: str) -> Calls:
     z = torch.randn(2, 128, dim, device=device, requires_grad=True)
     ours = VICReg()
 
-    def authors(z: torch.Tensor) -> torch.Tensor:
-        from baselines.vicreg import VICReg as Authors
-
-        return Authors.loss(None, z)  # type: ignore[arg-type]
-
     def call(loss: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(loss(z), z)
 
     return {
-        "vicreg": call(authors),
+        "vicreg": call(authors_vicreg),
         "torch": call(plain_vicreg),
         Ours.name: call(lambda z: ours(z)[0]),
     }

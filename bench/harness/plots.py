@@ -8,9 +8,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from _clock import PHASES
 
-ColorS = ("#d1495b", "#2e86ab", "#edae49", "#7a9e7e", "#8d8d8d")
+from harness.clock import PHASES
+
+COLORS = ("#d1495b", "#2e86ab", "#edae49", "#7a9e7e", "#8d8d8d")
 
 
 def draw_steps(split: dict[str, dict[str, dict[str, float]]], machine: str, path: Path) -> None:
@@ -27,7 +28,7 @@ def draw_steps(split: dict[str, dict[str, dict[str, float]]], machine: str, path
     for panel, (case, systems) in zip(panels[:, 0], split.items(), strict=True):
         names = list(systems)[::-1]
         left = [0.0] * len(names)
-        for phase, color in zip(PHASES, ColorS, strict=True):
+        for phase, color in zip(PHASES, COLORS, strict=True):
             widths = [systems[name][phase] * 1e3 for name in names]
             panel.barh(names, widths, left=left, color=color, label=phase)
             left = [a + b for a, b in zip(left, widths, strict=True)]
@@ -67,7 +68,7 @@ def draw_runs(panels: dict[str, dict[str, list[Curve]]], machine: str, path: Pat
     """Accuracy against seconds: a panel per probe, a color per system, a line per run."""
     figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.4), layout="constrained")
     for axis, (title, systems) in zip(axes, panels.items(), strict=True):
-        for (name, runs), color in zip(systems.items(), ColorS, strict=False):
+        for (name, runs), color in zip(systems.items(), COLORS, strict=False):
             for i, points in enumerate(runs):
                 label = name if i == 0 else None
                 axis.plot(

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from _cases import Case
-from baselines.step import Setup, System
 from torch import Tensor, nn
 
 from bagssl_fast.data import BagLoader
@@ -17,6 +15,8 @@ from bagssl_fast.models.bag_model import BagModel
 from bagssl_fast.models.encoders import build_encoder
 from bagssl_fast.models.heads import EMPHead, Projector
 from bagssl_fast.training.optim import build_optimizer
+from baselines.step import Setup, System
+from harness.cases import Case
 
 
 def our_model(case: Case, dense: bool = False, seed: int = 0) -> BagModel:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton
-from _kernel_cases import Case
 from triton.backends.compiler import GPUTarget
+
+from harness.kernel_cases import Case
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SAMPLE = 24  # programs of a grid that are run to count

@@ -14,14 +14,14 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from _cases import Case
-from _ours import OursDense, our_model
-from baselines.step import System
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bagssl_fast import ops
 from bagssl_fast.losses import build_loss
+from baselines.step import System
+from harness.cases import Case
+from harness.ours import OursDense, our_model
 
 IMAGES = 8  # of a parity check
 # Relative: of the loss, of the gradient. Channels-last (torch 2.14, CPU), gradients through

@@ -12,7 +12,7 @@ A bench names its cases and providers, and leaves the rest to this file:
 
 Rows of all benches have one schema (`Row`). A ratio is the median over rounds of ours against
 theirs *in the same round*, so that a machine that slows down for a while slows both. Beside this
-file: `_machine.py` has the machine line, `_memory.py` the peak memory of a call.
+file: `machine.py` has the machine line, `memory.py` the peak memory of a call.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _machine import cores, machine_line
+from harness.machine import cores, machine_line
 
 OURS = "bagssl_fast"
 
@@ -59,8 +59,10 @@ class Timing(NamedTuple):
     cpu: float
 
 
-def arguments(description: str | None, rounds: int = 7) -> argparse.ArgumentParser:
-    """A parser with the options that all benches have; add your own to it."""
+def arguments(
+    description: str | None, rounds: int = 7, data: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with the options that all benches have, `--data` if asked; add your own to it."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,7 +71,19 @@ def arguments(description: str | None, rounds: int = 7) -> argparse.ArgumentPars
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the rows as CSV")
     parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds per case")
     parser.add_argument("--threads", type=int, default=cores(), help="threads of every provider")
+    if data:
+        here = os.environ.get("BAGSSL_DATA", "../shared/data")
+        parser.add_argument("--data", type=folder, default=here, help="folder of the tars")
     return parser
+
+
+def folder(name: str) -> Path:
+    """The value of `--data`."""
+    if not Path(name).is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{name} is not a folder: expected the folder of the tars, by --data or BAGSSL_DATA"
+        )
+    return Path(name)
 
 
 def timed(call: Callable[[], Any], calls: int = 1, device: str = "cpu") -> Timing:

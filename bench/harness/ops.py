@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _common import OURS, Report, arguments, interleave
-from _memory import peak_memory
 from torch import Tensor
+
+from harness.common import OURS, Report, arguments, interleave
+from harness.memory import peak_memory
 
 REFERENCE, COMPILED = "reference", "torch.compile(reference)"
 Call = Callable[[], Sequence[Tensor]]
@@ -60,18 +61,28 @@ def gradients(loss: Tensor, *wrt: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, wrt)]
 
 
-def main(bench: str, doc: str | None, cases: Sequence[OpCase], build: Build) -> None:
+def main(
+    bench: str,
+    doc: str | None,
+    cases: Sequence[OpCase],
+    build: Build,
+    argv: Sequence[str] | None = None,
+) -> None:
     """Runs a bench from the command line."""
     parser = arguments(doc)
     parser.add_argument("--case", help="only cases whose name contains this")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurements")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    chosen = [case for case in cases if options.case is None or options.case in case.id]
+    if not chosen:
+        names = "; ".join(case.id for case in cases)
+        parser.error(f"--case {options.case}: no case's name contains this; the cases are {names}")
     torch.set_num_threads(options.threads)
     report = Report(bench, threads=options.threads)
     speeds = machine_speeds(report)
-    for case in cases:
-        if (options.quick and not case.quick) or (options.case and options.case not in case.id):
+    for case in chosen:
+        if options.quick and not case.quick:
             continue
         skipped = COMPILED if options.quick or options.no_compile else ""
         providers = [name for name in (OURS, *case.providers) if name != skipped]
@@ -84,8 +95,7 @@ def main(bench: str, doc: str | None, cases: Sequence[OpCase], build: Build) -> 
         for name, timing in times.items():
             report.add(case.id, name, "time", [t.wall * 1e3 for t in timing], "ms")
             report.add(case.id, name, "cpu time", [t.cpu * 1e3 for t in timing], "ms")
-        title = f"{case.id}: forward and backward, wall time"
-        report.table(case.id, "time", floors=case.floors, title=title)
+        report.table(case.id, "time", floors=case.floors, title=f"{case.id}: wall-clock time")
         report.table(case.id, "cpu time", title=f"{case.id}: CPU time of all threads")
         print_shares(report, case, min(t.wall for t in times[OURS]), speeds)
         results = sum(x.numel() * x.element_size() for x in calls[OURS]()) / 2**20
