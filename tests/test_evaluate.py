@@ -224,7 +224,7 @@ class TestExtract:
         """A backbone that returns the mean color: a grid's mean follows from pixels alone."""
 
         class MeanColor(nn.Module):
-            patch_size, feature_dim = 8, 3
+            patch_size, feature_dim, head_dim = 8, 3, 3
 
             def forward(self, x):
                 return x.mean((2, 3))
