@@ -347,7 +347,7 @@ class TestRefusals:
 
     def test_no_run(self, tmp_path, capsys):
         assert evaluate.main([str(tmp_path)]) == 2
-        assert "no run directory" in capsys.readouterr().err
+        assert "not a run directory" in capsys.readouterr().err
 
     def test_no_model_yet(self, tmp_path, capsys):
         (tmp_path / "config.yaml").write_text(cli.to_yaml(CONFIG))

@@ -103,15 +103,15 @@ class BagEncoder:
         """The encoder of a run directory, or of a folder that `bagssl_fast.export` wrote.
 
         Args:
-            path: It holds model.safetensors and config.json.
+            path: It holds model.safetensors, and config.yaml or config.json.
             options: `patches`, `layer` and the others of `BagEncoder`.
 
         Raises:
             FileNotFoundError: If these files are not there.
-            ValueError: If they are of another version, or for options that do not exist.
+            ValueError: If they are damaged or of another version, or for options that do not exist.
         """
-        model, config, _ = saved.load_exported(path)
-        return cls(model, config, **options)
+        run = saved.load(path)
+        return cls(run.model, run.config, **options)
 
     def __call__(self, images: Any) -> Tensor:
         """Embeds images.

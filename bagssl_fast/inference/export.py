@@ -12,7 +12,6 @@ from bagssl_fast.files import write_atomic
 from bagssl_fast.models import saved
 from bagssl_fast.models.bag_model import BagModel
 from bagssl_fast.models.encoders import ImageBackbone
-from bagssl_fast.models.saved import load_config, load_model
 
 
 def backbone_state(model: BagModel) -> dict[str, Tensor]:
@@ -40,17 +39,13 @@ def export(run: Path, out: Path) -> None:
     """Writes the files of `write` for a run directory, or for a folder that holds such files.
 
     Raises:
-        ValueError: If `run` holds no trained model, or is `out`.
-        FileNotFoundError: If `run` does not exist.
+        ValueError: If the files of `run` are damaged or of another version, or `run` is `out`.
+        FileNotFoundError: If `run` does not exist or holds no trained model.
     """
     if out.resolve() == run.resolve():
         raise ValueError(f"--out {out} is the run itself; name another folder")
-    if (run / "config.yaml").is_file():
-        config = load_config(run)
-        model, step = load_model(run, config)
-    else:
-        model, config, step = saved.load_exported(run)
-    write(out, model, config, step)
+    found = saved.load(run)
+    write(out, found.model, found.config, found.step)
 
 
 def write(out: Path, model: BagModel, config: Config, step: int) -> None:
