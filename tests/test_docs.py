@@ -30,6 +30,7 @@ def test_every_filled_cell_has_its_file_test_and_bench(op: str) -> None:
         folder = ROOT / "kernels" if cell == "kernels" else ROOT / "bagssl_fast" / "ops" / cell
         assert (folder / f"{op}.py").is_file(), f"{op}: {folder} has no {op}.py"
     assert (ROOT / "tests" / f"test_{op}.py").is_file()
+    assert (ROOT / "bench" / f"bench_{op}.py").is_file()
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
