@@ -1,6 +1,7 @@
 """The model that is trained: a backbone, a head, and how a bag passes through them."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -123,19 +124,17 @@ class MomentumModel(BagModel):
         """As `BagModel.forward`, with z `[P', B, 2 D]`: predictions, then targets, side by side."""
         with torch.no_grad():
             if self.training:
-                self._follow()
+                online = [*self.backbone.parameters(), *self.head.parameters()]
+                move_average(list(self.target.parameters()), online, self.momentum)
             _, target = self.target(x)
         h, z = super().forward(x)
         return h, torch.cat([self.predictor(z), target], dim=2)
 
-    def _follow(self) -> None:
-        pairs = (
-            (self.target.backbone.parameters(), self.backbone.parameters()),
-            (self.target.head.parameters(), self.head.parameters()),
-        )
-        for targets, online in pairs:
-            for old, new in zip(targets, online, strict=True):
-                old.lerp_(new, 1 - self.momentum)
+
+@torch.no_grad()
+def move_average(averages: Sequence[Tensor], values: Sequence[Tensor], keep: float) -> None:
+    """Moves averages in place: `keep` of each, and `1 - keep` of its new value."""
+    torch._foreach_lerp_(list(averages), list(values), 1.0 - keep)
 
 
 def build_model(config: Config, pretrained: bool | None = None) -> BagModel:
