@@ -156,8 +156,8 @@ def test_labels_classes_names_and_fingerprint():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"length": 0}, "length must be an integer of at least 1, got 0"),
-        ({"length": 2.5}, "length must be an integer of at least 1, got 2.5"),
+        ({"length": 0}, "length must be at least 1, got 0"),
+        ({"length": 2.5}, "length must be an integer, got 2.5"),
         ({"read": PICTURES}, "read must be a function of an index, got a list"),
         ({"labels": [0]}, "1 labels for 2 images"),
         ({"labels": [0, -1]}, "label -1: classes are counted from 0"),

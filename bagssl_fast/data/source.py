@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bagssl_fast._extension import _C
+from bagssl_fast.data.checks import check_integer
 from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image
 
 _JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
@@ -27,6 +28,7 @@ _OTHER_SUFFIXES = {
     ".tiff",
     ".avif",
 }
+ON_ERROR = ("raise", "skip")
 IMAGE_SUFFIXES = _JPEG_SUFFIXES | _OTHER_SUFFIXES
 
 
@@ -136,8 +138,7 @@ class Source:
         Raises:
             ValueError: For a length below 1, or labels or classes that do not fit.
         """
-        if isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < 1:
-            raise ValueError(f"length must be an integer of at least 1, got {length!r}")
+        check_integer("length", length, least=1)
         if not callable(read):
             raise ValueError(f"read must be a function of an index, got a {type(read).__name__}")
         found, class_names = None, None
@@ -236,11 +237,6 @@ def check_labels(labels: NDArray[np.int64], names: Names, on_error: str) -> NDAr
         raise ValueError(f'{text}: label all or none, or leave them out by on_error="skip"')
     warnings.warn(f"{text}: they are left out", stacklevel=3)
     return np.flatnonzero(labels >= 0)
-
-
-def check_on_error(on_error: str) -> None:
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error={on_error!r} is unknown: "raise" or "skip"')
 
 
 def fingerprint_of(*parts: bytes | NDArray[Any]) -> str:
