@@ -54,10 +54,6 @@ class Run:
     def steps_per_epoch(self) -> int:
         return len(self.loader)
 
-    def seek(self, epoch: int, step: int) -> None:
-        """Lets the loader's next iteration begin at a step of an epoch."""
-        self.loader.load_state_dict(self.loader.state_dict() | {"epoch": epoch, "step": step})
-
 
 def prepare(config: Config, me: Ranks) -> Run:
     """Checks a configuration and makes all that its run needs, cheap and likely mistakes first.
