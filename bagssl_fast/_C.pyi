@@ -47,6 +47,9 @@ class FileSource(Source):
 class ArraySource(Source):
     def __init__(self, images: NDArray[np.uint8]) -> None: ...
 
+class FunctionSource(Source):
+    def __init__(self, read: Callable[[int], bytes | NDArray[np.uint8]], length: int) -> None: ...
+
 class Loader:
     def __init__(
         self,

@@ -96,6 +96,17 @@ std::shared_ptr<py::object> shared_object(py::object object) {
           }};
 }
 
+/// "ValueError: the message" of a Python exception, whose own `__str__` may fail.
+std::string exception_text(const py::error_already_set& error) {
+  const auto name = error.type().attr("__name__").cast<std::string>();
+  const auto text = py::reinterpret_steal<py::object>(PyObject_Str(error.value().ptr()));
+  // Names of files may be in any encoding.
+  const auto encoded = py::reinterpret_steal<py::object>(
+      text ? PyUnicode_AsEncodedString(text.ptr(), "utf-8", "backslashreplace") : nullptr);
+  PyErr_Clear();
+  return encoded && py::len(encoded) > 0 ? name + ": " + std::string(py::bytes(encoded)) : name;
+}
+
 /// `decoder(memoryview, max_pixels) -> uint8 [H, W, 3]` as the core wants it. The GIL is held for
 /// that call alone.
 FallbackDecoder fallback_decoder(py::object decoder) {
@@ -116,6 +127,55 @@ FallbackDecoder fallback_decoder(py::object decoder) {
       return decoded;
     } catch (py::error_already_set& error) {
       throw std::runtime_error(py::str(error.value()).cast<std::string>());
+    }
+  };
+}
+
+/// What a Python object is, for errors: its type, and the shape of an array.
+std::string describe(const py::object& object) {
+  if (!py::isinstance<py::array>(object)) {
+    return "an object of type " +
+           py::str(py::type::of(object).attr("__name__")).cast<std::string>();
+  }
+  return "an array of type " + py::str(object.attr("dtype")).cast<std::string>() + " and shape " +
+         py::str(py::list(object.attr("shape"))).cast<std::string>();
+}
+
+/// Copies what a Python function returned as an image into `buffer`.
+Item store_image(const py::object& image, std::vector<uint8_t>& buffer) {
+  Item item;
+  if (py::isinstance<py::bytes>(image)) {
+    const std::string_view file = py::reinterpret_borrow<py::bytes>(image);
+    buffer.assign(file.begin(), file.end());
+    item.size = file.size();
+  } else {
+    const auto array = py::isinstance<py::array_t<uint8_t>>(image) ? Bytes(image) : Bytes();
+    const py::ssize_t channels = array.ndim() == 2 ? 1 : array.ndim() == 3 ? array.shape(2) : 0;
+    if (channels != 1 && channels != 3) {
+      throw std::runtime_error("read returned " + describe(image) +
+                               "; expected bytes (an encoded image file) or a uint8 array "
+                               "[H, W, 3], [H, W, 1] or [H, W]");
+    }
+    buffer.assign(array.data(), array.data() + array.size());
+    item.height = array.shape(0);
+    item.width = array.shape(1);
+    item.channels = channels;
+  }
+  item.data = buffer.data();
+  return item;
+}
+
+/// `read(index) -> bytes or uint8 array` as a source wants it. The GIL is held for that call alone.
+FunctionSource::Read python_read(py::object read) {
+  std::shared_ptr<py::object> held = shared_object(std::move(read));
+  return [held](int64_t index, std::vector<uint8_t>& buffer) {
+    py::gil_scoped_acquire gil;
+    try {
+      return store_image((*held)(index), buffer);
+    } catch (py::error_already_set& error) {
+      // What is no Exception (KeyboardInterrupt, SystemExit) says nothing about the image.
+      if (!error.matches(PyExc_Exception)) throw;
+      throw std::runtime_error("read raised " + exception_text(error));
     }
   };
 }
@@ -337,6 +397,11 @@ void bind_sources(py::module_& m) {
                                                   shared_object(images));
            }),
            py::arg("images").noconvert());
+  py::class_<FunctionSource, Source, std::shared_ptr<FunctionSource>>(m, "FunctionSource")
+      .def(py::init([](py::object read, int64_t length) {
+             return std::make_shared<FunctionSource>(python_read(std::move(read)), length);
+           }),
+           py::arg("read"), py::arg("length"));
 }
 
 }  // namespace

@@ -32,6 +32,7 @@ ImageSize ImageReader::open(const Item& item) {
   is_native_jpeg_ = false;
   if (item.is_pixels()) {
     size_ = {item.height, item.width};
+    check_size(size_);
     return size_;
   }
   if (item.size == 0) throw std::runtime_error("the file is empty (0 bytes)");

@@ -136,4 +136,13 @@ Item ArraySource::read(int64_t index, std::vector<uint8_t>&) const {
   return item;
 }
 
+FunctionSource::FunctionSource(Read read, int64_t count) : read_(std::move(read)), count_(count) {
+  if (count < 1) throw std::invalid_argument("a source needs at least one image");
+}
+
+Item FunctionSource::read(int64_t index, std::vector<uint8_t>& buffer) const {
+  check_index(index);
+  return read_(index, buffer);
+}
+
 }  // namespace bagssl

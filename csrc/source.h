@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -86,6 +87,21 @@ class ArraySource : public Source {
   const uint8_t* data_;
   int64_t count_, height_, width_, channels_;
   std::shared_ptr<const void> owner_;
+};
+
+/// Images that somebody else's function fetches, of any sizes.
+class FunctionSource : public Source {
+ public:
+  /// Fetches one image, as `read` of a source does; called from many threads at once.
+  using Read = std::function<Item(int64_t index, std::vector<uint8_t>& buffer)>;
+
+  FunctionSource(Read read, int64_t count);
+  int64_t size() const override { return count_; }
+  Item read(int64_t index, std::vector<uint8_t>& buffer) const override;
+
+ private:
+  Read read_;
+  int64_t count_;
 };
 
 }  // namespace bagssl

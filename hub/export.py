@@ -30,7 +30,7 @@ BACKENDS = ("cuda", "rocm")
 
 _OP = re.compile(r'"bagssl_triton::(\w+)"')
 _FIRST_AFTER_OPS = re.compile(r"^from \._(patch_ops|tuning) import", re.M)
-_HOW_TO_FIX = ' impl="reference" is the way '
+_HOW_TO_FIX = 'impl="reference"'
 _OPS_PY = '''"""The namespace of this build's operators; written by hub/export.py."""
 
 import torch
@@ -71,7 +71,7 @@ def rewrite(path: Path) -> str:
     if path.name == "_common.py":
         if _HOW_TO_FIX not in text:
             raise ValueError(f"{path}: no {_HOW_TO_FIX!r} in it; see to hub/export.py")
-        text = text.replace(_HOW_TO_FIX, " Plain torch is the way ")
+        text = text.replace(_HOW_TO_FIX, "plain torch")
     text, found = _OP.subn(r'add_op_namespace_prefix("\1")', text)
     if found:
         first = _FIRST_AFTER_OPS.search(text)

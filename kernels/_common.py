@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import triton
 
 from ._tuning import Tile
@@ -75,8 +74,8 @@ def product_options(tile: Tile) -> dict[str, int]:
 def refuse(op: str, came: str, supported: str) -> ValueError:
     """The one form of error for bad input: op, what came, what is supported, the fix."""
     return ValueError(
-        f'{op}: got {came}; the Triton kernel supports {supported}. impl="reference" is the way '
-        "out for everything that torch itself can do."
+        f"{op}: got {came}; the Triton kernel supports {supported}. "
+        'Use impl="reference" for anything else.'
     )
 
 
@@ -110,31 +109,3 @@ def check_rank(op: str, rank: int, shape: str, **tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dim() != rank:
             raise refuse(op, f"{name} of shape {list(tensor.shape)}", f"{name} {shape}")
-
-
-class _GatherRows(torch.autograd.Function):
-    """All-gather along the batch axis; backward sums over ranks what they say of our rows."""
-
-    @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group, ctx.rows = group, z.shape[1]
-        parts = [torch.empty_like(z) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, z.contiguous(), group=group)
-        return torch.cat(parts, dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        first = dist.get_rank(ctx.group) * ctx.rows
-        return grad[:, first : first + ctx.rows], None
-
-
-def gather_rows(z: torch.Tensor, group: Any) -> torch.Tensor:
-    """z [P, B, D] of every rank of `group`, joined to [P, W*B, D]; all ranks bring the same B.
-
-    With the averaging of gradients that DistributedDataParallel does, a loss of the result has the
-    gradient of the global batch.
-    """
-    gathered: torch.Tensor = _GatherRows.apply(z, group)
-    return gathered

@@ -24,7 +24,7 @@ per output row; bound by memory or by the weights' float64, hence slower where t
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TypeGuard
 
 import torch
 import triton
@@ -54,16 +54,15 @@ from ._tuning import ViewTiles, view_tiles
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 NUM_PARAMS = 16
-RAGGED_DTYPES = (torch.int64, torch.int32, torch.int32)  # of offsets, heights, widths
-
-
-class RaggedImages(NamedTuple):
-    """RGB images of any sizes on one device: image b is bytes[offsets[b]:] as [h, w, 3]."""
-
-    bytes: torch.Tensor  # [total] uint8
-    offsets: torch.Tensor  # [B] int64
-    heights: torch.Tensor  # [B] int32
-    widths: torch.Tensor  # [B] int32
+# RGB images of any sizes on one device: bytes uint8 [total], offsets int64 [B], heights and widths
+# int32 [B]; image b is bytes[offsets[b]:] as [h, w, 3].
+Ragged = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+RAGGED = {
+    "bytes": torch.uint8,
+    "offsets": torch.int64,
+    "heights": torch.int32,
+    "widths": torch.int32,
+}
 
 
 @triton.jit
@@ -344,7 +343,7 @@ def _(data, offsets, heights, widths, params, size, bicubic, blur_kernel, mean, 
     return torch.empty((*params.shape[:2], *size, 3), dtype=dtype, device=data.device)
 
 
-def ragged(images: torch.Tensor | Sequence[torch.Tensor]) -> RaggedImages:
+def ragged(images: torch.Tensor | Sequence[torch.Tensor]) -> Ragged:
     """One buffer of a batch: a view of uint8 [B, H, W, 3], or a copy of several [H, W, 3]."""
     op = "patch_views"
     if isinstance(images, torch.Tensor):
@@ -367,18 +366,21 @@ def ragged(images: torch.Tensor | Sequence[torch.Tensor]) -> RaggedImages:
     offsets = ends - torch.tensor([h * w * 3 for h, w, _ in sizes], dtype=torch.int64)
     heights = torch.tensor([h for h, _, _ in sizes], dtype=torch.int32)
     widths = torch.tensor([w for _, w, _ in sizes], dtype=torch.int32)
-    return RaggedImages(
-        data, offsets.to(data.device), heights.to(data.device), widths.to(data.device)
-    )
+    return data, *(x.to(data.device) for x in (offsets, heights, widths))
 
 
-def _check_params(
-    params: torch.Tensor, images: RaggedImages, pad: int, size: Sequence[int]
-) -> None:
+def _is_ragged(images: torch.Tensor | Sequence[torch.Tensor] | Ragged) -> TypeGuard[Ragged]:
+    """Whether images are one buffer and its tables rather than single images."""
+    if not isinstance(images, tuple) or len(images) != 4:
+        return False
+    return isinstance(images[0], torch.Tensor) and images[0].dim() == 1
+
+
+def _check_params(params: torch.Tensor, images: Ragged, pad: int, size: Sequence[int]) -> None:
     """Checks every row of a table on the host; on a GPU that would wait for the device."""
     op = "patch_views"
     box = params[..., :4]
-    heights, widths = images.heights.cpu(), images.widths.cpu()
+    heights, widths = (sides.cpu() for sides in images[2:])
     fits = (
         (box == box.floor()).all(dim=-1)
         & (box[..., :2] >= 0).all(dim=-1)
@@ -405,7 +407,7 @@ def _check_params(
 
 
 def patch_views(
-    images: torch.Tensor | Sequence[torch.Tensor] | RaggedImages,
+    images: torch.Tensor | Sequence[torch.Tensor] | Ragged,
     params: torch.Tensor,
     *,
     size: int | tuple[int, int],
@@ -418,7 +420,8 @@ def patch_views(
     """Cuts, augments and normalizes the patches of a batch.
 
     Args:
-        images: uint8 [B, H, W, 3], B tensors [H, W, 3] of any sizes, or `RaggedImages`.
+        images: uint8 [B, H, W, 3]; or B tensors [H, W, 3] of any sizes; or the four tensors
+            bytes [total], offsets, heights and widths [B] of images that are in one buffer.
         params: float32 [P, B, 16], a row per patch: top, left, height, width (whole source pixels),
             flip, brightness, contrast, saturation, hue, order (permutation of the four, -1: none),
             grayscale, blur sigma, solarize threshold. On the host it is checked and copied to the
@@ -436,13 +439,13 @@ def patch_views(
         ValueError: on anything else.
     """
     op = "patch_views"
-    # Any named tuple of the same fields will do: whoever calls may have one of his own.
-    batch = RaggedImages(*images) if hasattr(images, "offsets") else ragged(images)
-    check_tensors(op, (torch.uint8,), images=batch.bytes)
-    check_tensors(op, (torch.uint8, torch.int64, torch.int32), **batch._asdict())
-    if (batch.offsets.dtype, batch.heights.dtype, batch.widths.dtype) != RAGGED_DTYPES:
-        came = ", ".join(f"{name} {x.dtype}" for name, x in batch._asdict().items())
-        raise refuse(op, came, "offsets int64, heights and widths int32")
+    batch = images if _is_ragged(images) else ragged(images)
+    data, offsets, *_ = batch
+    named = dict(zip(RAGGED, batch, strict=True))
+    check_tensors(op, tuple(RAGGED.values()), **named)
+    if any(x.dtype != RAGGED[name] for name, x in named.items()):
+        came = ", ".join(f"{name} {x.dtype}" for name, x in named.items())
+        raise refuse(op, came, "bytes uint8, offsets int64, heights and widths int32")
     height, width = (size, size) if isinstance(size, int) else size
     if not (1 <= height <= 1024 and 1 <= width <= 1024):
         raise refuse(op, f"size = {size}", "1..1024 in both directions")
@@ -454,16 +457,16 @@ def patch_views(
         raise refuse(op, f"mean = {mean}, std = {std}", "three means and three positive stds")
     if dtype not in OUT_DTYPES:
         raise refuse(op, f"dtype = {dtype}", "float32, bfloat16, float16 and uint8")
-    if params.dtype != torch.float32 or params.shape[1:] != (batch.offsets.numel(), NUM_PARAMS):
+    if params.dtype != torch.float32 or params.shape[1:] != (offsets.numel(), NUM_PARAMS):
         came = f"params of shape {list(params.shape)} and dtype {params.dtype}"
-        raise refuse(op, came, f"float32 [P, {batch.offsets.numel()}, {NUM_PARAMS}]")
+        raise refuse(op, came, f"float32 [P, {offsets.numel()}, {NUM_PARAMS}]")
     if not blur_kernel:
         shorter = min(height, width)
         blur_kernel = 1 if shorter < 2 else max(3, (shorter // 10) | 1)
     if params.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_params(params, batch, blur_kernel // 2, (height, width))
     if params.device.type == "cpu":
-        params = params.to(batch.bytes.device, non_blocking=True)
+        params = params.to(data.device, non_blocking=True)
     patches: torch.Tensor = _fwd_op(
         *batch, params.contiguous(), (height, width), interpolation == "bicubic", blur_kernel,
         list(mean), list(std), dtype,

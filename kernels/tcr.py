@@ -25,7 +25,6 @@ from ._common import (
     check_tensors,
     device_guard,
     dot_precision,
-    gather_rows,
     product_options,
     refuse,
 )
@@ -163,13 +162,12 @@ class TCRFunction(torch.autograd.Function):
         return _bwd_op(*ctx.saved_tensors, dout, ctx.eps), None
 
 
-def tcr(z: torch.Tensor, *, eps: float = 0.2, group: Any = None) -> torch.Tensor:
+def tcr(z: torch.Tensor, *, eps: float = 0.2) -> torch.Tensor:
     """Total coding rate of each slot.
 
     Args:
         z: Projections [P, B, D] in float32, bfloat16 or float16, any strides.
         eps: Distortion, positive, as in EMP-SSL's code (its paper's eps^2).
-        group: Process group whose ranks hold the batch together, each the same number of images.
 
     Returns:
         [P] float32; a slot with non-finite values has the rate NaN.
@@ -183,7 +181,5 @@ def tcr(z: torch.Tensor, *, eps: float = 0.2, group: Any = None) -> torch.Tensor
         raise refuse("tcr", f"z of shape {list(z.shape)}", "at least one slot, image and feature")
     if eps <= 0:
         raise refuse("tcr", f"eps = {eps}", "eps > 0")
-    if group is not None:
-        z = gather_rows(z, group)
     rate: torch.Tensor = TCRFunction.apply(z, eps)
     return rate

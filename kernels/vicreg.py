@@ -34,7 +34,6 @@ from ._common import (
     check_tensors,
     device_guard,
     dot_precision,
-    gather_rows,
     launch_options,
     product_options,
     refuse,
@@ -43,14 +42,6 @@ from ._common import (
 from ._gram import gram_fwd, gram_times, on_batch, triton_type
 from ._tuning import column_strip, grad_tile
 
-# What each codebase multiplies the three terms by; "D" is the number of features. "official" is the
-# authors' code and lightly's; see the reference of this op for the whole story.
-CONVENTIONS: dict[str, tuple[float | str, float, float]] = {
-    "official": (1.0, 1.0, 1.0),
-    "paper": ("D", 2.0, 1.0),
-    "solo_learn": (1.0, 2.0, 1.0),
-    "vicregl": (1.0, 1.0, 0.5),
-}
 MERGE_COLS = 64  # columns per program that merges statistics
 
 
@@ -409,21 +400,14 @@ class VICRegFunction(torch.autograd.Function):
 
 
 def vicreg(
-    z: torch.Tensor,
-    *,
-    gamma: float = 1.0,
-    eps: float = 1e-4,
-    convention: str = "official",
-    group: Any = None,
+    z: torch.Tensor, *, gamma: float = 1.0, eps: float = 1e-4
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Invariance, variance and covariance of z, unweighted.
+    """Invariance, variance and covariance of z, unweighted; those of the authors' code at P = 2.
 
     Args:
         z: Projections [P, B, D], P >= 2 slots of B >= 2 images, any strides.
         gamma: Standard deviation below which a feature is pushed apart.
         eps: Added to the variance before its root; positive.
-        convention: "official", "paper", "solo_learn" or "vicregl": the scaling of that codebase.
-        group: Process group whose ranks hold the batch together, each the same number of images.
 
     Returns:
         Three float32 scalars. Non-finite values make them non-finite.
@@ -433,17 +417,9 @@ def vicreg(
     """
     check_tensors("vicreg", z=z)
     check_rank("vicreg", 3, "[P, B, D]", z=z)
-    if convention not in CONVENTIONS:
-        raise refuse("vicreg", f"convention {convention!r}", ", ".join(CONVENTIONS))
     if eps <= 0:
         raise refuse("vicreg", f"eps = {eps}", "eps > 0")
-    if group is not None:
-        z = gather_rows(z, group)
     if z.shape[0] < 2 or z.shape[1] < 2 or z.shape[2] < 1:
         raise refuse("vicreg", f"z of shape {list(z.shape)}", "P >= 2, B >= 2 and D >= 1")
-    terms = VICRegFunction.apply(z, gamma, eps).unbind(0)
-    scales = (z.shape[2] if scale == "D" else float(scale) for scale in CONVENTIONS[convention])
-    invariance, variance, covariance = (
-        term if scale == 1 else scale * term for term, scale in zip(terms, scales, strict=True)
-    )
+    invariance, variance, covariance = VICRegFunction.apply(z, gamma, eps).unbind(0)
     return invariance, variance, covariance

@@ -69,7 +69,8 @@ RAGGED = pictures((30, 41), (52, 33), (8, 9), (64, 64), (26, 26))
 @pytest.mark.parametrize("patches", [9, "center"])
 def test_has_the_numbers_of_the_evaluation(run, patches, layer):
     images = np.stack(pictures(*[(30, 41)] * 5))
-    model, config, step = saved.load_exported(run)
+    found = saved.load(run)
+    model, config, step = found.model, found.config, found.step
     count = CENTER if patches == "center" else patches
     plan = Plan((count,), count, batch_size=3, device=torch.device("cpu"))
     features, _ = extract(model, config, open_source(images), plan)
@@ -170,14 +171,14 @@ class TestRefuses:
                 BagEncoder.from_run(runs["dense"], **options)
 
     def test_folders_that_hold_no_model(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"nowhere holds no config\.json"):
+        with pytest.raises(FileNotFoundError, match=r"nowhere is not a directory"):
             BagEncoder.from_run(tmp_path / "nowhere")
         folder = save(tmp_path / "run", CONFIGS["dense"])
         (folder / "model.safetensors").rename(folder / "elsewhere")
         with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
             BagEncoder.from_run(folder)
         (folder / "model.safetensors").write_bytes(b"damaged")
-        with pytest.raises(ValueError, match="do not make a model"):
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
             BagEncoder.from_run(folder)
 
     @pytest.mark.parametrize(
@@ -185,8 +186,11 @@ class TestRefuses:
         [
             ({"format": 1}, r"format 1, expected 2.*bagssl_fast\.export RUN"),
             ({"format": 3}, "format 3, expected 2"),
-            ({"crop": None}, "do not make a model"),
-            ({"encoder": {"name": "patchnet", "patch_size": 8, "width": 5}}, "do not make a model"),
+            ({"crop": None}, r"config\.json does not describe a model"),
+            (
+                {"encoder": {"name": "patchnet", "patch_size": 8, "width": 5}},
+                "does not fit the conf",
+            ),
         ],
     )
     def test_other_versions_and_other_models(self, tmp_path, change, words):

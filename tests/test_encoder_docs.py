@@ -39,7 +39,7 @@ def tried(tmp_path_factory):
     for name, image in zip(("cat.jpg", "dog.png"), pictures((40, 30), (30, 40)), strict=True):
         Image.fromarray(image).save(folder / "photos" / name)
     found = snippets()
-    assert len(found) == 10
+    assert len(found) == 11
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for language, code in found:
@@ -64,6 +64,7 @@ def command(words):
 def test_every_snippet_works(tried):
     folder, names = tried
     assert names["features"].shape == (2, names["encode"].dim)
+    assert names["h"].shape == (50, 16, 3) and names["z"].shape == (50, 16, 64)
     assert (folder / "images.pt2").is_file()
     assert (folder / "bagssl-fast-kernels" / "build.toml").is_file()
 

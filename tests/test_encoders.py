@@ -222,7 +222,7 @@ WRONG = {
     "empty emp head": (lambda: EMPHead(8, out=0), "at least 1"),
     "dense without a dense form": (
         lambda: BagModel(nn.Identity(), Projector(8), dense=True),
-        "no dense form.*patchnet",
+        "cannot encode whole images.*patchnet",
     ),
     "stride 0 of a model": (
         lambda: BagModel(PatchNet(16, 4), Projector(32), dense=True, stride=0),
@@ -304,7 +304,7 @@ def test_hypercolumn_adds_to_the_embedding_and_leaves_training_as_it_was() -> No
     for hypercolumn in (False, True):
         torch.manual_seed(0)
         net = PatchNet(16, width=8, stem=12, feature_dim=20, hypercolumn=hypercolumn)
-        model = BagModel(net, Projector(net.top_dim, 16), dense=True, stride=8)
+        model = BagModel(net, Projector(net.head_dim, 16), dense=True, stride=8)
         h, z = model(images(2 * 3, 24, 24).unflatten(0, (2, 3)))
         assert h.shape[-1] == model.embedding_dim == net.feature_dim
         z.square().sum().backward()

@@ -224,7 +224,7 @@ class TestExtract:
         """A backbone that returns the mean color: a grid's mean follows from pixels alone."""
 
         class MeanColor(nn.Module):
-            patch_size, feature_dim = 8, 3
+            patch_size, feature_dim, head_dim = 8, 3, 3
 
             def forward(self, x):
                 return x.mean((2, 3))
@@ -347,7 +347,7 @@ class TestRefusals:
 
     def test_no_run(self, tmp_path, capsys):
         assert evaluate.main([str(tmp_path)]) == 2
-        assert "no run directory" in capsys.readouterr().err
+        assert "not a run directory" in capsys.readouterr().err
 
     def test_no_model_yet(self, tmp_path, capsys):
         (tmp_path / "config.yaml").write_text(cli.to_yaml(CONFIG))

@@ -15,9 +15,9 @@ pytest.importorskip("triton")
 def compile_case() -> Callable:
     from harness import kernel_cases, kernel_probe
 
-    def run(case: str, *sizes: int) -> list[dict]:
+    def run(case: str, *sizes: int, target: str = "sm_80") -> list[dict]:
         made = getattr(kernel_cases, case)(*sizes)
-        return kernel_probe.compile_case(made, "sm_80", torch.float16)
+        return kernel_probe.compile_case(made, target, torch.float16)
 
     return run
 
@@ -38,3 +38,10 @@ def compile_case() -> Callable:
 )
 def test_sizes_of_one(compile_case, case, sizes):
     assert compile_case(case, *sizes)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_bag_pool_keeps_rows_of_8192_in_registers(compile_case, target):
+    """As `kernels/bag_pool.py` says of its widest rows."""
+    rows = compile_case("bag_pool_case", 4, 2, 8192, target=target)
+    assert len(rows) == 2 and all(row["spills"] == 0 for row in rows)

@@ -229,10 +229,54 @@ def test_state_of_other_settings_is_refused(array_source):
         make(array_source, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="source was"):
         make(open_source(noise(24, 9, 9))).load_state_dict(state)
-    with pytest.raises(ValueError, match="step 99"):
+    with pytest.raises(ValueError, match=r"step must be at most 6, .*got 99"):
         make(array_source).load_state_dict({**state, "step": 99})
+    with pytest.raises(ValueError, match=r"no config: use seek\(epoch, step\)"):
+        make(array_source).load_state_dict({"epoch": 0, "step": 1})
     # The world may change as long as the global batch does not.
     make(array_source, batch_size=2, world_size=2).load_state_dict(state)
+
+
+def test_seek_starts_the_next_iteration_anywhere(array_source):
+    with make(array_source) as loader:
+        epochs = [[batch.clone() for batch in loader] for _ in range(3)]
+        for epoch, step in [(1, 4), (0, 0), (2, 5), (0, 6)]:
+            loader.seek(epoch, step)
+            where = (epoch, step) if step < len(loader) else (epoch + 1, 0)
+            state = loader.state_dict()
+            assert (state["epoch"], state["step"]) == where
+            expected = epochs[where[0]][where[1] :]
+            for batch, other in zip(loader, expected, strict=True):
+                assert batch.index.tolist() == other.index.tolist()
+                assert torch.equal(batch.patches, other.patches)
+
+
+def test_seek_ends_the_iteration_before_it(array_source):
+    with make(array_source) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        loader.seek(3, 2)
+        with pytest.raises(RuntimeError, match="ended"):
+            next(iterator)
+        assert (loader.state_dict()["epoch"], loader.state_dict()["step"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "step", "text"),
+    [
+        (-1, 0, "epoch must be at least 0, got -1"),
+        (1.5, 0, "epoch must be an integer, got 1.5"),
+        (0, -1, "step must be at least 0, got -1"),
+        (0, True, "step must be an integer, got True"),
+        (0, 7, "step must be at most 6, the batches per epoch, got 7"),
+    ],
+)
+def test_seek_out_of_range_is_named(array_source, epoch, step, text):
+    with make(array_source) as loader:
+        loader.seek(2, 3)
+        with pytest.raises(ValueError, match=text):
+            loader.seek(epoch, step)
+        assert (loader.state_dict()["epoch"], loader.state_dict()["step"]) == (2, 3)
 
 
 # Threads, processes, memory
@@ -478,19 +522,19 @@ def test_fast_decode_is_close_and_off_by_default(tmp_path):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"patches": 0}, "patches=0: at least 1"),
-        ({"batch_size": 0}, "batch_size=0: at least 1"),
-        ({"batch_size": 2.5}, "batch_size=2.5: a whole number"),
+        ({"patches": 0}, "patches must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer, got 2.5"),
         ({"batch_size": 25}, r"24 images do not fill one batch.*drop_last=False"),
-        ({"num_threads": -1}, "num_threads=-1"),
-        ({"batches_ahead": 0}, "batches_ahead=0"),
-        ({"seed": -1}, "seed=-1"),
+        ({"num_threads": -1}, "num_threads must be at least 0, got -1"),
+        ({"batches_ahead": 0}, "batches_ahead must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"rank": 2, "world_size": 2}, "rank=2 of world_size=2"),
         ({"sampler": "spiral"}, "sampler='spiral' is unknown: random, grid or center"),
         ({"sampler": "grid", "patches": 20}, "square number is expected, 16 or 25"),
         ({"sampler": "center", "patches": 2}, "set 1"),
         ({"dtype": "float64"}, "dtype='float64' is unknown: float32"),
-        ({"on_error": "ignore"}, "on_error='ignore' is unknown"),
+        ({"on_error": "ignore"}, "on_error must be one of raise, skip, got 'ignore'"),
         ({"indices": [24]}, "24 images, counted from 0"),
         ({"indices": []}, "at least one"),
         ({"augment": ()}, "at least one"),
@@ -508,5 +552,5 @@ def test_wrong_argument_is_named(array_source, options, text):
 
 
 def test_set_epoch_counts_from_zero(array_source):
-    with pytest.raises(ValueError, match="epoch=-1"):
+    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
         make(array_source).set_epoch(-1)

@@ -112,7 +112,7 @@ def test_what_is_no_data_set_is_named(tmp_path, data, error, text):
 def test_other_arguments_are_refused():
     with pytest.raises(ValueError, match="cannot open a float"):
         open_source(3.5)
-    with pytest.raises(ValueError, match="on_error='ignore' is unknown"):
+    with pytest.raises(ValueError, match="on_error must be one of raise, skip, got 'ignore'"):
         open_source("demo", on_error="ignore")
     with pytest.raises(ValueError, match="empty list"):
         open_source([])

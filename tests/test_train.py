@@ -261,7 +261,7 @@ def test_sigterm_saves_and_exits_with_0(images, tmp_path):
         assert process.wait(timeout=60) == 0
     assert "stopped on request" in said
     state = final(run_dir)
-    assert state["step"] >= 3 and state["loader"]["epoch"] == state["step"] // STEPS_PER_EPOCH
+    assert state["step"] >= 3
 
 
 class TestDiverged:

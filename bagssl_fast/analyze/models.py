@@ -25,8 +25,8 @@ from bagssl_fast.distributed import ranks
 from bagssl_fast.evaluation.datasets import Data, open_data
 from bagssl_fast.evaluation.features import random_network
 from bagssl_fast.files import write_atomic
+from bagssl_fast.models import saved
 from bagssl_fast.models.bag_model import BagModel
-from bagssl_fast.models.saved import load_model
 from bagssl_fast.terminal import say
 from bagssl_fast.training import checkpoint
 from bagssl_fast.training.loop import train
@@ -196,8 +196,7 @@ class Context:
 
     def model(self, config: Config, label: str = "") -> BagModel:
         """The trained model of a configuration, in eval mode, on the device."""
-        model, _ = load_model(self.train(config, label), config)
-        return model.to(self.device).eval()
+        return saved.load(self.train(config, label), config).model.to(self.device)
 
     def random_model(self, config: Config) -> BagModel:
         """The same network at its random initialization, its batch-norm statistics calibrated."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bagssl_fast._extension import _C
-from bagssl_fast.data.source import NumberedNames, Source, fingerprint
+from bagssl_fast.data.source import NumberedNames, Source, class_labels, fingerprint_of
 
 
 def from_memory(data: Any, labels: Any = None, stem: str = "array") -> Source:
@@ -44,17 +44,14 @@ def make_source(
         raise ValueError(f"{stem}: an array of no images")
     images = np.ascontiguousarray(images)
     if labels is not None:
-        labels = labels.reshape(-1).astype(np.int64)
-        if len(labels) != len(images):
-            raise ValueError(f"{stem}: {len(labels)} labels for {len(images)} images")
-        if labels.min() < 0:
-            raise ValueError(f"{stem}: label {labels.min()}; classes count from 0")
-        if classes is None:
-            classes = [str(i) for i in range(int(labels.max()) + 1)]
+        try:
+            labels, classes = class_labels(labels, len(images), classes)
+        except ValueError as error:
+            raise ValueError(f"{stem}: {error}") from None
     # A look at 256 images is enough to tell data sets apart.
     probe = images[:: max(1, len(images) // 256)][:256]
     shape = np.array(images.shape, np.int64)
-    mark = fingerprint(shape, probe, labels if labels is not None else b"")
+    mark = fingerprint_of(shape, probe, labels if labels is not None else b"")
     return Source(_C.ArraySource(images), NumberedNames(stem), labels, classes, mark)
 
 

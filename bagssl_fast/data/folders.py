@@ -11,7 +11,7 @@ from bagssl_fast.data.source import (
     NameTable,
     Source,
     check_labels,
-    fingerprint,
+    fingerprint_of,
     is_image_name,
     label_by_text,
 )
@@ -47,7 +47,7 @@ def open_folder(root: Path, on_error: str) -> Source:
         labels = labels[kept]
         table = NameTable.of(names, prefix=f"{root}{os.sep}")
     native = _C.FileSource([os.path.join(base, name) for name in names])
-    mark = fingerprint(table.blob, table.ends)
+    mark = fingerprint_of(table.blob, table.ends)
     return Source(native, table, labels if classes else None, classes or None, mark)
 
 
@@ -62,7 +62,7 @@ def open_files(paths: Sequence[str | os.PathLike[str]]) -> Source:
         if not os.path.isfile(name):
             raise FileNotFoundError(f"{os.fsdecode(name)}: there is no such image file")
     table = NameTable.of(names)
-    return Source(_C.FileSource(names), table, None, None, fingerprint(table.blob, table.ends))
+    return Source(_C.FileSource(names), table, None, None, fingerprint_of(table.blob, table.ends))
 
 
 def _raise(error: OSError) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor
 from bagssl_fast._extension import _C
 from bagssl_fast.augment import Augment
 from bagssl_fast.data.batch import DTYPES, TABLE, Batch, ImageBatch, device_options
+from bagssl_fast.data.checks import check_choice, check_integer
 from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image
 from bagssl_fast.data.open import open_source
 from bagssl_fast.data.order import batch_ends, epoch_rows, num_batches
-from bagssl_fast.data.source import Source, check_on_error
+from bagssl_fast.data.source import ON_ERROR, Source
 from bagssl_fast.ops import RaggedImages
 
 
@@ -94,7 +95,7 @@ class BagLoader:
         self.batch_size, self.patches, self.sampler = batch_size, patches, sampler
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
         self.rank, self.world_size = rank, world_size
-        check_on_error(on_error)
+        check_choice("on_error", on_error, ON_ERROR)
         self._check_arguments(dtype, num_threads, batches_ahead, max_pixels)
         self._options = None if views == "host" else device_options(self.augments, views, dtype)
         self._indices = self._check_indices(indices)
@@ -155,10 +156,7 @@ class BagLoader:
             "max_pixels": (max_pixels, 1),
         }
         for name, (value, bound) in least.items():
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise ValueError(f"{name}={value!r}: a whole number is expected")
-            if value < bound:
-                raise ValueError(f"{name}={value}: at least {bound} is needed")
+            check_integer(name, value, bound)
         if not 0 <= self.rank < self.world_size:
             raise ValueError(
                 f"rank={self.rank} of world_size={self.world_size}: ranks count from 0"
@@ -257,14 +255,34 @@ class BagLoader:
         return images, params.view(self.patches, rows, 16)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration.
+        """Chooses the epoch of the next iteration, from 0.
 
-        A loaded state keeps its step if the epoch is the one it was saved in.
+        In the epoch that `seek` or `load_state_dict` chose, the step they chose is kept.
         """
-        if epoch < 0:
-            raise ValueError(f"epoch={epoch}: epochs count from 0")
+        check_integer("epoch", epoch, least=0)
         if epoch != self._epoch:
             self._epoch, self._step, self._begin = epoch, 0, 0
+
+    def seek(self, epoch: int, step: int = 0) -> None:
+        """Chooses where the next iteration starts, and ends the current one.
+
+        Args:
+            epoch: From 0.
+            step: Batch of that epoch, 0 to len(loader); len(loader) is the start of the next epoch.
+
+        Raises:
+            ValueError: For an epoch or a step out of range.
+        """
+        check_integer("epoch", epoch, least=0)
+        check_integer("step", step, least=0)
+        if step > len(self):
+            raise ValueError(f"step must be at most {len(self)}, the batches per epoch, got {step}")
+        if self._native is not None:
+            self._native.stop()
+        self._iteration += 1
+        self._epoch, self._begin, self._step = int(epoch), int(step), 0
+        if self._begin == len(self):
+            self._epoch, self._begin = self._epoch + 1, 0
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -277,30 +295,25 @@ class BagLoader:
         return {"epoch": self._epoch, "step": self._step or self._begin, "config": self._config()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration goes on after the last batch that was taken before the state's.
-
-        A state without "config" is taken at its word.
+        """Seeks to the place where the state was saved.
 
         Raises:
-            ValueError: If the loader was made with settings that give other batches.
+            ValueError: If this loader's settings give other batches than those of the state.
         """
-        mine = self._config()
-        theirs = state.get("config", mine)
+        missing = [key for key in ("epoch", "step", "config") if key not in state]
+        if missing:
+            raise ValueError(
+                f"not a state of a BagLoader, it has no {', '.join(missing)}: use seek(epoch, step)"
+            )
+        mine, theirs = self._config(), state["config"]
         changed = [key for key in mine if theirs.get(key) != mine[key]]
         if changed:
             text = ", ".join(f"{key} was {theirs.get(key)}, is {mine[key]}" for key in changed)
             raise ValueError(
                 f"the state belongs to other batches ({text}): use the settings it was saved "
-                "with, or begin a new epoch by set_epoch"
+                "with, or seek(epoch, step) to start there with the new ones"
             )
-        if not 0 <= state["step"] <= len(self):
-            raise ValueError(f"the state's step {state['step']} is not in an epoch of {len(self)}")
-        if self._native is not None:
-            self._native.stop()
-        self._iteration += 1
-        self._epoch, self._begin, self._step = state["epoch"], state["step"], 0
-        if self._begin == len(self):
-            self._epoch, self._begin = self._epoch + 1, 0
+        self.seek(state["epoch"], state["step"])
 
     def _config(self) -> dict[str, str]:
         return {

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bagssl_fast.data import arrays, demo, tars
+from bagssl_fast.data.checks import check_choice
 from bagssl_fast.data.folders import open_folder
-from bagssl_fast.data.source import Source, check_on_error
+from bagssl_fast.data.source import ON_ERROR, Source
 from bagssl_fast.locate import KINDS, matches, split_suffix
 
 
@@ -31,7 +32,7 @@ def open_source(data: Any, *, labels: Any = None, on_error: str = "raise") -> So
         FileNotFoundError: If nothing is there.
         ValueError: If it holds no images or is of no known kind.
     """
-    check_on_error(on_error)
+    check_choice("on_error", on_error, ON_ERROR)
     if isinstance(data, Source):
         return data
     if hasattr(data, "__array__") and not isinstance(data, (str, os.PathLike)):

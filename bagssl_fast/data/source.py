@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bagssl_fast._extension import _C
+from bagssl_fast.data.checks import check_integer
 from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image
 
 _JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
@@ -27,6 +28,7 @@ _OTHER_SUFFIXES = {
     ".tiff",
     ".avif",
 }
+ON_ERROR = ("raise", "skip")
 IMAGE_SUFFIXES = _JPEG_SUFFIXES | _OTHER_SUFFIXES
 
 
@@ -69,6 +71,16 @@ class NumberedNames:
         return f"{self.stem}[{index}]"
 
 
+class FunctionNames:
+    """Names that a function gives."""
+
+    def __init__(self, name: Callable[[int], str]) -> None:
+        self._name = name
+
+    def __getitem__(self, index: int) -> str:
+        return str(self._name(index))
+
+
 class Source:
     """A data set's images.
 
@@ -92,6 +104,54 @@ class Source:
         self.labels = labels
         self.classes = classes
         self.fingerprint = fingerprint
+
+    @classmethod
+    def from_function(
+        cls,
+        read: Callable[[int], bytes | NDArray[np.uint8]],
+        length: int,
+        *,
+        labels: ArrayLike | None = None,
+        classes: Sequence[str] | None = None,
+        name: Callable[[int], str] | None = None,
+        fingerprint: str | None = None,
+    ) -> Source:
+        """A source written in Python: LMDB, HDF5, an object store, a data set of another library.
+
+        `read` is called from the loader's threads, several at a time, each holding the GIL for its
+        call: decoding and cutting run in parallel, `read` itself as far as it releases the GIL
+        (most I/O does). It must return: the loader's threads wait for it when they are stopped.
+
+        Args:
+            read: `read(index)` gives image `index`, 0 to length - 1: the bytes of an image file, or
+                pixels, uint8 [H, W, 3], [H, W, 1] or [H, W]. Images may differ in size. An
+                exception makes it a bad image: `ImageError` with its text, or the next good image
+                under `on_error="skip"`.
+            length: Number of images, at least 1.
+            labels: Class indices, integers [length], counted from 0.
+            classes: Name of each class; by default the class indices as text.
+            name: `name(index)` gives an image's name for errors; by default "image <index>".
+            fingerprint: Text that identifies the images. Checkpoints and saved features compare it,
+                to refuse those of other images. By default a hash of length and labels, which does
+                NOT look at the images: give one where two sources may agree in both.
+
+        Raises:
+            ValueError: For a length below 1, or labels or classes that do not fit.
+        """
+        check_integer("length", length, least=1)
+        if not callable(read):
+            raise ValueError(f"read must be a function of an index, got a {type(read).__name__}")
+        found, class_names = None, None
+        if labels is not None:
+            found, class_names = class_labels(labels, int(length), classes)
+        elif classes is not None:
+            raise ValueError("classes name the labels: give labels as well")
+        names = FunctionNames(name or "image {}".format)
+        if fingerprint is None:
+            size = np.array(length, np.int64)
+            fingerprint = fingerprint_of(b"function", size, b"" if found is None else found)
+        native = _C.FunctionSource(read, int(length))
+        return cls(native, names, found, class_names, fingerprint)
 
     def __len__(self) -> int:
         return len(self.native)
@@ -139,6 +199,27 @@ def label_by_text(texts: Sequence[bytes | None]) -> tuple[NDArray[np.int64], lis
     return labels, [text.decode("utf-8", "backslashreplace") for text in found]
 
 
+def class_labels(
+    labels: ArrayLike, count: int, classes: Sequence[str] | None = None
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Class indices as int64 [count], and the classes' names, by default the indices as text.
+
+    Raises:
+        ValueError: If they do not fit each other or the number of images.
+    """
+    found = np.asarray(labels).reshape(-1)
+    if len(found) != count:
+        raise ValueError(f"{len(found)} labels for {count} images")
+    if found.dtype.kind not in "iu":
+        raise ValueError(f"labels must be integers, got {found.dtype}")
+    if found.min() < 0:
+        raise ValueError(f"label {found.min()}: classes are counted from 0")
+    names = [str(name) for name in (range(found.max() + 1) if classes is None else classes)]
+    if found.max() >= len(names):
+        raise ValueError(f"label {found.max()} has no name: classes has {len(names)} names")
+    return found.astype(np.int64), names
+
+
 def check_labels(labels: NDArray[np.int64], names: Names, on_error: str) -> NDArray[np.int64]:
     """Which images to keep: all of them, unless some have a label and others have not.
 
@@ -158,12 +239,7 @@ def check_labels(labels: NDArray[np.int64], names: Names, on_error: str) -> NDAr
     return np.flatnonzero(labels >= 0)
 
 
-def check_on_error(on_error: str) -> None:
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error={on_error!r} is unknown: "raise" or "skip"')
-
-
-def fingerprint(*parts: bytes | NDArray[Any]) -> str:
+def fingerprint_of(*parts: bytes | NDArray[Any]) -> str:
     """A short hash of names, sizes or pixels."""
     digest = hashlib.sha256()
     for part in parts:

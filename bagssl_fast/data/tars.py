@@ -20,7 +20,7 @@ from bagssl_fast.data.source import (
     NameTable,
     Source,
     check_labels,
-    fingerprint,
+    fingerprint_of,
     is_image_name,
     label_by_text,
 )
@@ -95,7 +95,7 @@ def open_tars(paths: Sequence[Path], on_error: str) -> Source:
         [os.fsencode(path) for path in paths], shard[kept], offsets[kept], sizes[kept]
     )
     parts = [part for index in indices for part in (index.names.blob, index.sizes)]
-    mark = fingerprint(*parts, kept if len(kept) < len(labels) else b"")
+    mark = fingerprint_of(*parts, kept if len(kept) < len(labels) else b"")
     all_kept = len(kept) == len(labels)
     return Source(
         native,

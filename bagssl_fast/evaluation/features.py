@@ -17,6 +17,7 @@ from tqdm import tqdm
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import Config, patch_size
 from bagssl_fast.data import BagLoader, Source
+from bagssl_fast.models.backbone import as_dense, is_dense
 from bagssl_fast.models.bag_model import BagModel, build_model
 from bagssl_fast.models.heads import Projector
 
@@ -50,11 +51,6 @@ class Plan:
     def layers(self, count: int) -> tuple[str, ...]:
         """The layers that are measured at a count."""
         return ("h", "z") if count <= self.projection_up_to else ("h",)
-
-
-def is_dense(model: BagModel) -> bool:
-    """Whether the backbone encodes all patches of a whole image in one pass."""
-    return hasattr(model.backbone, "dense")
 
 
 def view_size(config: Config) -> int:
@@ -124,7 +120,7 @@ def extract(
             collected.add(model, plan, {CENTER: h}, batch_labels)
         features |= collected.features()
         labels = collected.labels()
-    if bags and is_dense(model):
+    if bags and is_dense(model.backbone):
         collected = Collector()
         means = [count for count in bags if "z" not in plan.layers(count)]
         for views, batch_labels in _batches(config, source, plan, indices, "center", 0):
@@ -163,7 +159,7 @@ def embed_patches(
     """
     model = fold_batch_norm(model)
     parts = []
-    if count != CENTER and is_dense(model):
+    if count != CENTER and is_dense(model.backbone):
         for views, _ in _batches(config, source, plan, indices, "center", 0):
             parts.append(dense_bags(model, views[0], [count], plan)[count].float())
     else:
@@ -228,12 +224,13 @@ def dense_bags(
     Returns:
         h [P, B, F] per count; [1, B, F], the mean, for `means`.
     """
-    patch = int(model.backbone.patch_size)  # type: ignore[arg-type]
-    stride = dense_stride(tuple(counts), views.shape[2] - patch)
-    positions = (views.shape[2] - patch) // stride + 1
+    backbone = as_dense(model.backbone)
+    span = views.shape[2] - backbone.patch_size
+    stride = dense_stride(tuple(counts), span)
+    positions = span // stride + 1
     bags = {}
     with torch.autocast(plan.device.type, plan.precision, plan.precision != torch.float32):
-        maps = model.backbone.dense_maps(views, stride)  # type: ignore[operator]
+        maps = backbone.dense_maps(views, stride)
         for count in counts:
             grid = dense_grid(count, positions)
             if count in means and isinstance(model.head, Projector):
@@ -329,7 +326,7 @@ def make_plan(config: Config, model: BagModel, device: torch.device) -> Plan:
     """What the configuration asks to extract, as far as an image has so many patches."""
     bf16 = device.type == "cuda" and config.precision in ("auto", "bf16")
     counts = sorted(set(config.eval.patches))
-    if is_dense(model):
+    if is_dense(model.backbone):
         places = (view_size(config) - patch_size(config) + 1) ** 2
         counts = [count for count in counts if count <= places]
     return Plan(

@@ -28,8 +28,8 @@ from bagssl_fast.evaluation.quality import collapse
 from bagssl_fast.evaluation.report import draw, table
 from bagssl_fast.files import write_atomic
 from bagssl_fast.machine import cores
+from bagssl_fast.models import saved
 from bagssl_fast.models.bag_model import BagModel
-from bagssl_fast.models.saved import load_config, load_model
 from bagssl_fast.terminal import say
 
 RANK_ROWS = 2048
@@ -50,17 +50,17 @@ def evaluate(run_dir: str | os.PathLike[str], config: Config | None = None) -> d
     """
     started = time.monotonic()
     run_dir = Path(run_dir)
-    config = config or load_config(run_dir)
+    config = config or saved.load_config(run_dir)
     device = ranks.pick_device(config.device)
     torch.set_num_threads(config.threads or cores())
-    trained, step = load_model(run_dir, config)
+    run = saved.load(run_dir, config)
     data = open_data(config)
-    say(f"evaluate {run_dir} (step {step}) on {device}: {data.note}")
+    say(f"evaluate {run_dir} (step {run.step}) on {device}: {data.note}")
 
-    networks = {"trained": trained.to(device)}
+    networks = {"trained": run.model.to(device)}
     if config.eval.random:
         networks["random"] = random_network(config, data.train, device)
-    plan = make_plan(config, trained, device)
+    plan = make_plan(config, run.model, device)
     rows: list[dict[str, Any]] = []
     for name, model in networks.items():
         limit = config.eval.random_patches if name == "random" else max(plan.counts)
@@ -68,7 +68,7 @@ def evaluate(run_dir: str | os.PathLike[str], config: Config | None = None) -> d
         rows += measure(name, model, config, data, replace(plan, counts=counts))
     result = {
         "run": str(run_dir),
-        "step": step,
+        "step": run.step,
         "train_images": count(data.train, data.train_indices),
         "test_images": count(data.test, data.test_indices),
         "classes": data.train.classes,

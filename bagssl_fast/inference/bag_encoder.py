@@ -26,10 +26,10 @@ from bagssl_fast.evaluation.features import (
     embed,
     extract,
     fold_batch_norm,
-    is_dense,
     view_size,
 )
 from bagssl_fast.models import saved
+from bagssl_fast.models.backbone import is_dense
 from bagssl_fast.models.bag_model import BagModel
 
 LAYERS = {"embedding": "h", "projection": "z"}
@@ -88,7 +88,7 @@ class BagEncoder:
         self.config, self.layer, self.normalize = config, layer, normalize
         self.patches = patches
         self.dim = model.embedding_dim if layer == "embedding" else model.projection_dim
-        count = _check_count(patches, config, is_dense(model))
+        count = _check_count(patches, config, is_dense(model.backbone))
         self.plan = Plan(
             counts=(count,),
             projection_up_to=count if layer == "projection" else -1,
@@ -103,15 +103,15 @@ class BagEncoder:
         """The encoder of a run directory, or of a folder that `bagssl_fast.export` wrote.
 
         Args:
-            path: It holds model.safetensors and config.json.
+            path: It holds model.safetensors, and config.yaml or config.json.
             options: `patches`, `layer` and the others of `BagEncoder`.
 
         Raises:
             FileNotFoundError: If these files are not there.
-            ValueError: If they are of another version, or for options that do not exist.
+            ValueError: If they are damaged or of another version, or for options that do not exist.
         """
-        model, config, _ = saved.load_exported(path)
-        return cls(model, config, **options)
+        run = saved.load(path)
+        return cls(run.model, run.config, **options)
 
     def __call__(self, images: Any) -> Tensor:
         """Embeds images.
@@ -148,7 +148,7 @@ class BagEncoder:
     def _of_pixels(self, items: Sequence[Any]) -> Tensor:
         """As `extract`, for images that no source holds."""
         count, collected = self.plan.counts[0], Collector()
-        one_by_one = count != CENTER and not is_dense(self.model)
+        one_by_one = count != CENTER and not is_dense(self.model.backbone)
         step = max(1, self.plan.batch_size // (count if one_by_one else 1))
         for begin in range(0, len(items), step):
             chunk = items[begin : begin + step]
@@ -164,7 +164,7 @@ class BagEncoder:
         size = patch_size(self.config)
         if count == CENTER:
             table = _C.center_views(sizes)
-        elif is_dense(self.model):
+        elif is_dense(self.model.backbone):
             table, size = _C.center_views(sizes), view_size(self.config)
         else:
             spec = _C.AugmentSpec(scale=crop.scale, ratio=crop.ratio)
@@ -178,7 +178,7 @@ class BagEncoder:
             num_threads=self.plan.num_threads,
         )
         patches = torch.from_numpy(cut).permute(0, 1, 4, 2, 3).to(self.plan.device)
-        if count != CENTER and is_dense(self.model):
+        if count != CENTER and is_dense(self.model.backbone):
             means = [] if "z" in self.plan.layers(count) else [count]
             return dense_bags(self.model, patches[0], [count], self.plan, means)[count]
         h = embed(self.model, patches.flatten(0, 1), self.plan)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bagssl_fast.config import Config
 from bagssl_fast.files import write_atomic
 from bagssl_fast.models import saved
 from bagssl_fast.models.bag_model import BagModel
 from bagssl_fast.models.encoders import ImageBackbone
-from bagssl_fast.models.saved import load_config, load_model
 
 
 def backbone_state(model: BagModel) -> dict[str, Tensor]:
@@ -20,31 +20,36 @@ def backbone_state(model: BagModel) -> dict[str, Tensor]:
     A network of torchvision or timm comes without its classifier (`fc = nn.Identity()`,
     `num_classes=0`).
     """
-    backbone = model.backbone
-    net = backbone.net if isinstance(backbone, ImageBackbone) else backbone
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    weights = _network(model).state_dict()
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 def host(model: BagModel) -> str:
     """The class of the network whose names `backbone_state` has."""
-    net = getattr(model.backbone, "net", model.backbone)
-    return f"{type(net).__module__}.{type(net).__qualname__}"
+    kind = type(_network(model))
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _network(model: BagModel) -> nn.Module:
+    backbone = model.backbone
+    return backbone.net if isinstance(backbone, ImageBackbone) else backbone
 
 
 def export(run: Path, out: Path) -> None:
-    """Writes model.safetensors, config.json and backbone.safetensors.
+    """Writes the files of `write` for a run directory, or for a folder that holds such files.
 
     Raises:
-        ValueError: If `run` holds no trained model, or is `out`.
-        FileNotFoundError: If `run` does not exist.
+        ValueError: If the files of `run` are damaged or of another version, or `run` is `out`.
+        FileNotFoundError: If `run` does not exist or holds no trained model.
     """
     if out.resolve() == run.resolve():
         raise ValueError(f"--out {out} is the run itself; name another folder")
-    if (run / "config.yaml").is_file():
-        config = load_config(run)
-        model, step = load_model(run, config)
-    else:
-        model, config, step = saved.load_exported(run)
+    found = saved.load(run)
+    write(out, found.model, found.config, found.step)
+
+
+def write(out: Path, model: BagModel, config: Config, step: int) -> None:
+    """Writes model.safetensors, config.json and backbone.safetensors."""
     saved.export(out, model.state_dict(), saved.describe(config, model, step))
     notes = {"format": "pt", "encoder": config.encoder.name, "host": host(model)}
     data = safetensors.torch.save(backbone_state(model), metadata=notes)

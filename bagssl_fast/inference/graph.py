@@ -17,8 +17,9 @@ from torch.export import Dim, ExportedProgram
 
 from bagssl_fast import ops
 from bagssl_fast.config import patch_size
-from bagssl_fast.evaluation.features import CENTER, dense_grid, dense_stride, is_dense, view_size
+from bagssl_fast.evaluation.features import CENTER, dense_grid, dense_stride, view_size
 from bagssl_fast.inference.bag_encoder import BagEncoder
+from bagssl_fast.models.backbone import as_dense, is_dense
 
 TAKES = ("images", "patches")
 
@@ -65,7 +66,7 @@ class ImageGraph(PatchGraph):
     def __init__(self, encoder: BagEncoder) -> None:
         super().__init__(encoder)
         config, count = encoder.config, encoder.plan.counts[0]
-        self.dense = count != CENTER and is_dense(self.model)
+        self.dense = count != CENTER and is_dense(self.model.backbone)
         self.side = round(count**0.5)  # of the grid of boxes; 0 for the central square
         self.area = sum(config.augment.scale) / 2
         self.size = patch_size(config)
@@ -97,7 +98,7 @@ class ImageGraph(PatchGraph):
         x = (x - self.mean) * self.scale
         if not self.dense:
             return self.pool(self.model.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
-        maps = self.model.backbone.dense_maps(x[0], self.stride)  # type: ignore[operator]
+        maps = as_dense(self.model.backbone).dense_maps(x[0], self.stride)
         return self.pool(self.model.head.embed(maps.patches(self.grid)))
 
     def _places(self, room: Tensor) -> Tensor:

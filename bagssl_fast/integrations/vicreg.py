@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bagssl_fast.integrations import _losses
 from bagssl_fast.integrations._patching import Handle, check_signature, find_class, owners
 from bagssl_fast.integrations.heads import check_head, expander, fused_forward
+from bagssl_fast.training.optim import lars_update
 
 HOST = "vicreg"
 
@@ -67,33 +68,21 @@ def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return vicreg_loss(x, y, self.args)
 
 
-@torch.no_grad()
 def lars_step(self: Any) -> None:
-    """The `LARS.step` that is put in place of the authors': all tensors of a group at once."""
+    """The `LARS.step` that is put in place of the authors': tensors of like settings at once."""
     for group in self.param_groups:
-        weights = [p for p in group["params"] if p.grad is not None]
-        if not weights:
-            continue
-        decayed = _not_filtered(weights, group["weight_decay_filter"])
-        adapted = _not_filtered(weights, group["lars_adaptation_filter"])
-        updates = [p.grad for p in weights]
-        decay = [group["weight_decay"] if chosen else 0.0 for chosen in decayed]
-        updates = list(torch._foreach_add(updates, torch._foreach_mul(weights, decay)))
-        chosen = [i for i, is_adapted in enumerate(adapted) if is_adapted]
-        if chosen:
-            weight_norm = torch.stack(torch._foreach_norm([weights[i] for i in chosen]))
-            update_norm = torch.stack(torch._foreach_norm([updates[i] for i in chosen]))
-            ratio = group["eta"] * weight_norm / update_norm
-            alive = (weight_norm > 0) & (update_norm > 0)
-            ratio = torch.where(alive, ratio, torch.ones_like(ratio))
-            torch._foreach_mul_([updates[i] for i in chosen], list(ratio.unbind()))
-        for p in weights:
-            if "mu" not in self.state[p]:
-                self.state[p]["mu"] = torch.zeros_like(p)
-        momenta = [self.state[p]["mu"] for p in weights]
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, updates)
-        torch._foreach_add_(weights, momenta, alpha=-group["lr"])
+        parts: dict[tuple[bool, bool], list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                filters = (group["weight_decay_filter"], group["lars_adaptation_filter"])
+                decayed, adapted = (f is None or not f(p) for f in filters)
+                parts.setdefault((decayed, adapted), []).append(p)
+                if "mu" not in self.state[p]:
+                    self.state[p]["mu"] = torch.zeros_like(p)
+        for (decayed, adapted), weights in parts.items():
+            own = {"adapt": adapted, "weight_decay": group["weight_decay"] if decayed else 0.0}
+            buffers = [self.state[p]["mu"] for p in weights]
+            lars_update({**group, **own}, "vicreg", weights, buffers)
 
 
 def apply_to_vicreg(
@@ -109,7 +98,7 @@ def apply_to_vicreg(
     Args:
         module: The script as a module: `import main_vicreg`, or `sys.modules[__name__]` in it.
         loss: Replace what `VICReg.forward` does after the projector.
-        lars: Replace `LARS.step`: the same steps, all tensors at once. Not with `model`.
+        lars: Replace `LARS.step`: the same steps, many tensors at once. Not with `model`.
         projector: Replace `Projector` (in a `model`, its projector's forward). No gain on a CPU.
         model: Change only this `VICReg` (or what is inside this module, DDP say); None changes
             the script's classes and functions.
@@ -138,7 +127,3 @@ def apply_to_vicreg(
         check_signature(HOST, optimizer, "step", ("self",))
         handle.plan_method("LARS.step", optimizer, "step", lars_step)
     return handle.commit()
-
-
-def _not_filtered(weights: list[Tensor], is_filtered: Any) -> list[bool]:
-    return [is_filtered is None or not is_filtered(p) for p in weights]

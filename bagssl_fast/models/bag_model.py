@@ -1,15 +1,16 @@
 """The model that is trained: a backbone, a head, and how a bag passes through them."""
 
 import copy
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from bagssl_fast.config import Config, patch_size
+from bagssl_fast.models.backbone import as_dense, check_backbone
 from bagssl_fast.models.encoders import build_encoder
 from bagssl_fast.models.heads import EMPHead, Projector
-from bagssl_fast.models.patchnet import PatchMLP, PatchNet
 
 
 class BagModel(nn.Module):
@@ -31,11 +32,9 @@ class BagModel(nn.Module):
         stride: int | None = None,
     ) -> None:
         super().__init__()
-        if dense and not isinstance(backbone, PatchNet | PatchMLP):
-            raise ValueError(
-                f"BagModel: {type(backbone).__name__} has no dense form; use the encoder "
-                "'patchnet' or 'patchmlp', or dense=False"
-            )
+        if dense:
+            as_dense(backbone)
+        check_backbone(backbone)
         if stride is not None and stride < 1:
             raise ValueError(f"BagModel: stride {stride} must be at least 1 pixel")
         self.backbone, self.head = backbone, head
@@ -59,12 +58,8 @@ class BagModel(nn.Module):
 
     def embed_dense(self, images: Tensor, stride: int | None = None) -> Tensor:
         """Embeddings of all patches of images: `[N, C, H, W]` -> h `[P, N, F]`, row-major."""
-        if not isinstance(self.backbone, PatchNet | PatchMLP):
-            raise ValueError(
-                f"BagModel: {type(self.backbone).__name__} has no dense form; cut patches and use "
-                "embed(patches)"
-            )
-        return self.head.embed(self.backbone.dense(images, stride or self.stride))
+        maps = as_dense(self.backbone).dense_maps(images, stride or self.stride)
+        return self.head.embed(maps.patches())
 
     def project(self, h: Tensor) -> Tensor:
         """Projections of embeddings: h `[..., F]` -> z `[..., D]`.
@@ -129,19 +124,17 @@ class MomentumModel(BagModel):
         """As `BagModel.forward`, with z `[P', B, 2 D]`: predictions, then targets, side by side."""
         with torch.no_grad():
             if self.training:
-                self._follow()
+                online = [*self.backbone.parameters(), *self.head.parameters()]
+                move_average(list(self.target.parameters()), online, self.momentum)
             _, target = self.target(x)
         h, z = super().forward(x)
         return h, torch.cat([self.predictor(z), target], dim=2)
 
-    def _follow(self) -> None:
-        pairs = (
-            (self.target.backbone.parameters(), self.backbone.parameters()),
-            (self.target.head.parameters(), self.head.parameters()),
-        )
-        for targets, online in pairs:
-            for old, new in zip(targets, online, strict=True):
-                old.lerp_(new, 1 - self.momentum)
+
+@torch.no_grad()
+def move_average(averages: Sequence[Tensor], values: Sequence[Tensor], keep: float) -> None:
+    """Moves averages in place: `keep` of each, and `1 - keep` of its new value."""
+    torch._foreach_lerp_(list(averages), list(values), 1.0 - keep)
 
 
 def build_model(config: Config, pretrained: bool | None = None) -> BagModel:
@@ -157,7 +150,7 @@ def build_model(config: Config, pretrained: bool | None = None) -> BagModel:
     torch.manual_seed(config.seed)
     encoder, head = config.encoder, config.head
     try:
-        backbone = build_encoder(
+        backbone: Any = build_encoder(
             encoder.name,
             patch_size(config),
             encoder.width or None,
@@ -166,9 +159,8 @@ def build_model(config: Config, pretrained: bool | None = None) -> BagModel:
         )
     except TypeError as error:
         raise ValueError(f"--encoder.options {encoder.options}: {error}") from error
-    dim = cast(int, backbone.feature_dim)
-    if isinstance(backbone, PatchNet) and head.name == "projector":
-        dim = backbone.top_dim
+    # A projector reads the part of the embedding that is trained, EMP-SSL's head all of it.
+    dim = backbone.head_dim if head.name == "projector" else backbone.feature_dim
     heads: dict[str, type[Projector] | type[EMPHead]] = {"projector": Projector, "emp": EMPHead}
     options = dict(head.options)
     if head.name == "projector":

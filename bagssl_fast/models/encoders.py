@@ -1,9 +1,7 @@
 """Backbones by name: what turns patches into embeddings.
 
-A backbone maps normalized patches `[N, 3, h, w]` to embeddings `[N, F]` and knows its `patch_size`
-and `feature_dim`. PatchNet and PatchMLP (`patchnet.py`) are patch-local, hence they also encode
-every patch of a whole image in one pass, `dense(images, stride)`; ResNets and timm models see
-patches one by one.
+`backbone.py` says what a backbone is. PatchNet and PatchMLP (`patchnet.py`) are patch-local and so
+also encode every patch of a whole image in one pass; ResNets and timm models encode single patches.
 """
 
 from typing import Any, cast
@@ -52,7 +50,8 @@ class ImageBackbone(nn.Module):
 
     def __init__(self, net: nn.Module, patch_size: int, feature_dim: int) -> None:
         super().__init__()
-        self.net, self.patch_size, self.feature_dim = net, patch_size, feature_dim
+        self.net, self.patch_size = net, patch_size
+        self.feature_dim = self.head_dim = feature_dim
 
     def forward(self, patches: Tensor) -> Tensor:
         """patches `[N, 3, h, w]` -> embeddings `[N, F]`."""

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagssl_fast import ops
+from bagssl_fast.models.backbone import Window, WindowMaps
 from bagssl_fast.models.heads import LinearBNReLU
 
 
@@ -65,7 +65,7 @@ class PatchNet(nn.Module):
             raise ValueError(f"PatchNet: width {width} and stem {stem} must be at least 1")
         self.patch_size = patch_size
         self.in_channels = in_channels
-        self.top_dim = feature_dim or 8 * width
+        self.head_dim = feature_dim or 8 * width
 
         kernels = _halving_kernels(patch_size)
         depths = [depth] * len(kernels) if isinstance(depth, int) else list(depth)
@@ -87,13 +87,13 @@ class PatchNet(nn.Module):
                 layers += _conv_bn_relu(channels, width << stage, 1)
                 channels = width << stage
                 below[len(layers) - 1] = channels, side
-        layers += _conv_bn_relu(channels, self.top_dim, 1)
+        layers += _conv_bn_relu(channels, self.head_dim, 1)
         self.layers = nn.Sequential(*layers)
         self.stride = 2 ** len(kernels)  # pixels between neighbors on the last map
         self.pool = side  # side of the patch's last map
         # The layers whose means join the top's, with the side of a patch's map there.
         self.taps = {i: side for i, (_, side) in below.items()} if hypercolumn else {}
-        self.feature_dim = self.top_dim + sum(below[i][0] for i in self.taps)
+        self.feature_dim = self.head_dim + sum(below[i][0] for i in self.taps)
 
     def forward(self, patches: Tensor) -> Tensor:
         """patches `[N, C, h, w]` -> embeddings `[N, F]`; h and w must equal `patch_size`."""
@@ -121,7 +121,7 @@ class PatchNet(nn.Module):
         """
         return self.dense_maps(images, stride).patches()
 
-    def dense_maps(self, images: Tensor, stride: int | None = None) -> "DenseMaps":
+    def dense_maps(self, images: Tensor, stride: int | None = None) -> WindowMaps:
         """What `dense` reads the embeddings from; also gives some of them, or only their mean."""
         stride = self.stride if stride is None else stride
         _check_dense(self, images, stride)
@@ -140,7 +140,7 @@ class PatchNet(nn.Module):
                 windows.append(Window(self.taps[i], stride // have, step // have))
         have = math.gcd(step, stride)
         windows.append(Window(self.pool, stride // have, step // have))
-        return DenseMaps([*maps, x.permute(0, 2, 3, 1)], windows)
+        return WindowMaps([*maps, x.permute(0, 2, 3, 1)], windows)
 
 
 class PatchMLP(nn.Module):
@@ -176,7 +176,7 @@ class PatchMLP(nn.Module):
                 f"depth {depth} at least 0"
             )
         self.patch_size, self.in_channels = patch_size, in_channels
-        self.feature_dim = feature_dim or width
+        self.feature_dim = self.head_dim = feature_dim or width
         self.mean, self.std = tuple(mean), tuple(std)
         self.weight = nn.Parameter(torch.empty(width, in_channels, patch_size, patch_size))
         self.bias = nn.Parameter(torch.zeros(width))
@@ -214,79 +214,12 @@ class PatchMLP(nn.Module):
         """As `PatchNet.dense`; the stride is half the patch's side if not given."""
         return self.dense_maps(images, stride).patches()
 
-    def dense_maps(self, images: Tensor, stride: int | None = None) -> "DenseMaps":
+    def dense_maps(self, images: Tensor, stride: int | None = None) -> WindowMaps:
         """As `PatchNet.dense_maps`: one map, each entry of which is a patch."""
         stride = max(self.patch_size // 2, 1) if stride is None else stride
         _check_dense(self, images, stride)
         x = F.relu(F.conv2d(images, self.weight, self.bias, stride))
-        return DenseMaps([self.blocks(x.permute(0, 2, 3, 1))], [Window()])
-
-
-@dataclass(frozen=True)
-class Window:
-    """Where the patches of a grid lie along each dimension of a map.
-
-    Args:
-        side: entries of one patch.
-        stride: entries from one patch to the next.
-        dilation: entries from one entry of a patch to its next.
-    """
-
-    side: int = 1
-    stride: int = 1
-    dilation: int = 1
-
-    def matrix(self, like: Tensor, size: int, picked: Sequence[int] | None) -> Tensor:
-        """The `[patches, size]` matrix that averages over each patch, or over those picked."""
-        last = size - (self.side - 1) * self.dilation
-        first = torch.arange(0, last, self.stride, device=like.device)
-        if picked is not None:
-            first = first[torch.tensor(picked, device=like.device)]
-        taps = first[:, None] + self.dilation * torch.arange(self.side, device=like.device)
-        return like.new_zeros(len(first), size).scatter_(1, taps, 1 / self.side)
-
-
-@dataclass(frozen=True)
-class DenseMaps:
-    """Maps of whole images, over whose windows the embeddings of patches are means.
-
-    Means over rows, then over columns, each as a product with a banded matrix, which serves dilated
-    windows too and costs what `avg_pool2d` costs on those that are not. A bag's mean is one more
-    such product: the embeddings of its patches need not exist for it.
-
-    Args:
-        maps: `[N, H, W, C]` of each layer that is part of the embedding; C add up to F.
-        windows: of the patches on each map.
-    """
-
-    maps: list[Tensor]
-    windows: list[Window]
-
-    def patches(self, picked: Sequence[int] | None = None) -> Tensor:
-        """Embeddings `[P, N, F]`, positions in row-major order.
-
-        Args:
-            picked: rows of the grid, and likewise columns, that are expected; all if not given.
-        """
-        parts = []
-        for x, window in zip(self.maps, self.windows, strict=True):
-            if window != Window() or picked is not None:
-                rows, columns = (window.matrix(x, n, picked) for n in x.shape[1:3])
-                x = (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
-                x = columns @ x
-            parts.append(x)
-        return torch.cat(parts, 3).flatten(1, 2).transpose(0, 1)
-
-    def bag(self, picked: Sequence[int]) -> Tensor:
-        """The mean of `patches(picked)` over the bag, `[N, F]` in float32 or better."""
-        parts = []
-        with torch.autocast(self.maps[0].device.type, enabled=False):
-            for x, window in zip(self.maps, self.windows, strict=True):
-                x = x if x.dtype == torch.float64 else x.float()
-                rows, columns = (window.matrix(x, n, picked).mean(0) for n in x.shape[1:3])
-                x = (rows @ x.flatten(2)).unflatten(1, x.shape[2:])
-                parts.append(columns @ x)
-        return torch.cat(parts, 1)
+        return WindowMaps([self.blocks(x.permute(0, 2, 3, 1))], [Window()])
 
 
 def _halving_kernels(patch_size: int) -> list[int]:

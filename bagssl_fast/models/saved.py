@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bagssl_fast import cli
@@ -20,13 +20,35 @@ from bagssl_fast.files import write_atomic
 from bagssl_fast.models.bag_model import BagModel, build_model
 
 FORMAT = 2  # of config.json; 1 did not say how bags are cut
+WEIGHTS = "model.safetensors"
+GIVE = (
+    "give the run directory that `python -m bagssl_fast.train` named in its first line, or a "
+    "folder that `python -m bagssl_fast.export` wrote"
+)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds.
+
+    Args:
+        model: The trained model, in eval mode on the CPU.
+        config: Its configuration; of an exported folder only what decides the model and its bags,
+            defaults elsewhere.
+        step: The training step of the weights.
+    """
+
+    model: BagModel
+    config: Config
+    step: int
 
 
 def export(run_dir: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Writes model.safetensors and config.json, all that is needed to use the model."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    write_atomic(run_dir / "model.safetensors", data)
+    # The step goes with the weights: the two files are renamed one after the other.
+    metadata = {"format": "pt", "step": str(description["step"])}
+    write_atomic(run_dir / WEIGHTS, safetensors.torch.save(tensors, metadata=metadata))
     text = json.dumps(dict(description), indent=2) + "\n"
     write_atomic(run_dir / "config.json", text.encode())
 
@@ -50,97 +72,121 @@ def describe(config: Config, model: BagModel, step: int) -> dict[str, Any]:
     }
 
 
-def load_config(run_dir: Path) -> Config:
-    """The configuration of a run.
+def load(folder: str | os.PathLike[str], config: Config | None = None) -> Saved:
+    """Reads a trained model: a run directory, or a folder that `export` wrote.
+
+    Args:
+        folder: It holds model.safetensors, and config.yaml (which is then what counts) or
+            config.json.
+        config: Overrides the folder's configuration.
 
     Raises:
-        ValueError: If the directory is no run.
-    """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ValueError(
-            f"{run_dir} is no run directory (it has no config.yaml): give the directory that "
-            "`python -m bagssl_fast.train` named in its first line"
-        )
-    return cli.load(path)
-
-
-def load_model(run_dir: Path, config: Config | None = None) -> tuple[BagModel, int]:
-    """The trained model of a run, in eval mode on the CPU, and the step it was saved at.
-
-    Raises:
-        ValueError: If the run holds no model.
-    """
-    weights = run_dir / "model.safetensors"
-    if not weights.is_file():
-        raise ValueError(
-            f"{run_dir} holds no model.safetensors: its training has not come to a checkpoint; "
-            f"go on with python -m bagssl_fast.train --config {run_dir / 'config.yaml'} "
-            f"--run_dir {run_dir} --resume auto"
-        )
-    model = build_model(config or load_config(run_dir), pretrained=False)
-    model.load_state_dict(safetensors.torch.load_file(weights))
-    step = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["step"]
-    return model.eval(), int(step)
-
-
-def load_exported(folder: str | os.PathLike[str]) -> tuple[BagModel, Config, int]:
-    """Reads what `export` wrote, be it a run directory or a folder of these two files alone.
-
-    Returns:
-        The model, in eval mode on the CPU; its configuration as far as it decides the model and
-        its bags, defaults elsewhere; the step it was saved at.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If the files are of another version, damaged, or not of one model.
+        FileNotFoundError: If the folder or a file of it is missing.
+        ValueError: If a file is damaged, of another version, or does not fit the others.
     """
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {name}: give a run directory whose training has come to a "
-                "checkpoint, or a folder that `python -m bagssl_fast.export` wrote"
+    config = config or load_config(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        how = f"copy it from where {folder / 'config.json'} came from"
+        if (folder / "config.yaml").is_file():
+            how = (
+                "its training has not reached a checkpoint; resume it with python -m "
+                f"bagssl_fast.train --config {folder / 'config.yaml'} --run_dir {folder} "
+                "--resume auto"
             )
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}: {how}")
     try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        with safe_open(path, "pt") as file:
+            step = int((file.metadata() or {})["step"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as error:
+        what = "it names no step" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{path} is damaged ({what}): copy it again from where it came from, or delete it and "
+            "resume the training with --resume auto"
+        ) from error
+    model = build_model(config, pretrained=False)
+    _check_sizes(model, weights, path)
+    model.load_state_dict(weights)
+    return Saved(model.eval(), config, step)
+
+
+def load_config(folder: str | os.PathLike[str]) -> Config:
+    """The configuration of a run directory, or of a folder that `export` wrote.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or holds no configuration.
+        ValueError: If config.yaml or config.json is damaged or of another version.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a directory: {GIVE}")
+    if (folder / "config.yaml").is_file():
+        try:
+            return cli.load(folder / "config.yaml")
+        except SystemExit:  # the parser has said what is wrong
+            raise ValueError(
+                f"{folder / 'config.yaml'} is not a valid configuration (see above): undo what was "
+                "changed in it"
+            ) from None
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a run directory, it holds neither config.yaml nor config.json: {GIVE}"
+        )
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> Config:
+    """The inverse of `describe`."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not valid JSON ({error})") from None
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): copy it again from where it came from"
+        ) from None
     version = described.get("format") if isinstance(described, dict) else None
     if version != FORMAT:
         raise ValueError(
-            f"{folder / 'config.json'} is of format {version}, expected {FORMAT}: write it again "
-            "from its run directory by `python -m bagssl_fast.export RUN --out FOLDER`, or use the "
-            "version of bagssl_fast that wrote it"
+            f"{path} is of format {version}, expected {FORMAT}: write it again from its run "
+            "directory with `python -m bagssl_fast.export RUN --out FOLDER`, or use the version of "
+            "bagssl_fast that wrote it"
         )
     try:
-        config = _config_of(described)
-        model = build_model(config, pretrained=False)
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-        return model.eval(), config, int(described["step"])
-    except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        what = f"no {error} in config.json" if isinstance(error, KeyError) else str(error)
+        crop = described["crop"]
+        return Config(
+            seed=described["seed"],
+            bag=BagConfig(**described["bag"]),
+            encoder=EncoderConfig(**described["encoder"]),
+            head=HeadConfig(**described["head"]),
+            augment=Augment.none(
+                size=crop["size"],
+                mean=tuple(described["mean"]),
+                std=tuple(described["std"]),
+                scale=tuple(crop["scale"]),
+                ratio=tuple(crop["ratio"]),
+            ),
+            eval=EvalConfig(view=described["view"]),
+        )
+    except (KeyError, TypeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"{folder}: config.json and model.safetensors do not make a model ({what}); export "
-            "the run again"
+            f"{path} does not describe a model ({what}): export the run again"
         ) from error
 
 
-def _config_of(described: Mapping[str, Any]) -> Config:
-    """The inverse of `describe`."""
-    crop = described["crop"]
-    augment = Augment.none(
-        size=crop["size"],
-        mean=tuple(described["mean"]),
-        std=tuple(described["std"]),
-        scale=tuple(crop["scale"]),
-        ratio=tuple(crop["ratio"]),
-    )
-    return Config(
-        seed=described["seed"],
-        bag=BagConfig(**described["bag"]),
-        encoder=EncoderConfig(**described["encoder"]),
-        head=HeadConfig(**described["head"]),
-        augment=augment,
-        eval=EvalConfig(view=described["view"]),
-    )
+def _check_sizes(model: BagModel, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses weights of another model, where torch would list every tensor."""
+    have = {name: list(tensor.shape) for name, tensor in weights.items()}
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = [*expected, *(name for name in have if name not in expected)]
+    wrong = [name for name in names if have.get(name) != expected.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{path} does not fit the configuration beside it: {name} has the shape "
+            f"{have.get(name, 'none (it is missing)')}, expected "
+            f"{expected.get(name, 'no such tensor')} ({len(wrong)} of {len(names)} tensors "
+            "differ); set encoder and head back to what the model was trained with, which the "
+            "config.json of its run says"
+        )

@@ -458,10 +458,10 @@ def _load(op: str, cell: str) -> Callable[..., Any]:
 
 
 def _load_for_compile() -> None:
-    """Import what models use: torch.compile can look a function up, but not trace an import."""
+    """Import every op: torch.compile can look a function up, but not trace an import."""
     on_gpu = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
     cells = IMPLS if on_gpu else ("reference", "cpu")
-    for op in ("patch_embed", "conv3x3", "linear_bn_relu", "vicreg", "tcr", "bag_pool"):
+    for op in DISPATCH:
         for impl in cells:
             _load(op, _cell(op, impl))
 

@@ -100,7 +100,7 @@ def batches(run: Run) -> Iterator[Batch | ImageBatch]:
     first, offset = divmod(run.step, run.steps_per_epoch)
     left = run.total_steps - run.step
     for epoch in range(first, run.config.epochs):
-        run.seek(epoch, offset if epoch == first else 0)
+        run.loader.seek(epoch, offset if epoch == first else 0)
         for batch in run.loader:
             if left == 0:
                 return

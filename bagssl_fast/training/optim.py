@@ -7,7 +7,7 @@ papers' code. The learning rate is a pure function of the step: a resumed run ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bagssl_fast.config import OptimConfig
+from bagssl_fast.models.bag_model import move_average
 
 PIECE = 1 << 18  # elements; the pieces of four tensors fit a cache of 4 MiB together
 
@@ -74,79 +75,94 @@ class LARS(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], weights: list[Tensor]) -> None:
-        grads = [p.grad for p in weights if p.grad is not None]
-        buffers = []
         for p in weights:
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffers.append(state["momentum_buffer"])
-        if weights[0].is_cpu:
-            for p, grad, buffer in zip(weights, grads, buffers, strict=True):
-                self._step_in_cache(group, p, grad, buffer)
-        else:
-            self._step_foreach(group, weights, grads, buffers)
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in weights]
+        lars_update(group, self.form, weights, buffers)
 
-    def _step_foreach(
-        self,
-        group: dict[str, Any],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        buffers: list[Tensor],
-    ) -> None:
-        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-        updates = list(torch._foreach_add(grads, weights, alpha=decay))
-        if group["adapt"]:
-            measured = updates if self.form == "vicreg" else grads
-            weight_norm = torch.stack(torch._foreach_norm(weights))
-            other_norm = torch.stack(torch._foreach_norm(measured))
-            ratio = self._ratio(group, weight_norm, other_norm)
-            torch._foreach_mul_(updates, list(ratio.unbind()))
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, updates)
-        if self.form == "emp":
-            torch._foreach_add_(updates, buffers, alpha=momentum)
-            torch._foreach_add_(weights, updates, alpha=-lr)
-        else:
-            torch._foreach_add_(weights, buffers, alpha=-lr)
 
-    def _step_in_cache(
-        self, group: dict[str, Any], p: Tensor, grad: Tensor, buffer: Tensor
-    ) -> None:
-        """The same for one tensor, piece by piece: on a CPU what counts is trips to memory."""
-        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-        pieces = _pieces(p, grad, buffer)
-        scratch = torch.empty_like(pieces[0][0])
-        ratio = scratch.new_ones(())
-        if group["adapt"]:
-            weight_norms, other_norms = [], []
-            for w, g, _ in pieces:
-                measured = g
-                if self.form == "vicreg":
-                    measured = torch.add(g, w, alpha=decay, out=scratch[: len(w)])
-                weight_norms.append(_norm(w))
-                other_norms.append(_norm(measured))
-            ratio = self._ratio(
-                group, _norm(torch.stack(weight_norms)), _norm(torch.stack(other_norms))
-            )
-        for w, g, m in pieces:
-            update = torch.add(g, w, alpha=decay, out=scratch[: len(w)]).mul_(ratio)
-            m.mul_(momentum).add_(update)
-            if self.form == "emp":
-                w.sub_(update.add_(m, alpha=momentum), alpha=lr)
-            else:
-                w.sub_(m, alpha=lr)
+@torch.no_grad()
+def lars_update(
+    group: Mapping[str, Any], form: str, weights: list[Tensor], buffers: list[Tensor]
+) -> None:
+    """One step of LARS for tensors that share their settings.
 
-    def _ratio(self, group: dict[str, Any], weight_norm: Tensor, other_norm: Tensor) -> Tensor:
-        """The factor of the update from |p| and |u| (vicreg) or |g| (emp)."""
-        if self.form == "vicreg":
-            ratio = group["eta"] * weight_norm / other_norm
+    Args:
+        group: lr, momentum, weight_decay, eta and adapt, as `LARS` has them.
+        form: vicreg or emp.
+        weights: Changed in place, by their `grad`.
+        buffers: Their momenta, changed in place.
+    """
+    grads = [p.grad for p in weights if p.grad is not None]
+    if weights[0].is_cpu:
+        for p, grad, buffer in zip(weights, grads, buffers, strict=True):
+            _update_in_cache(group, form, p, grad, buffer)
+    else:
+        _update_foreach(group, form, weights, grads, buffers)
+
+
+def _update_foreach(
+    group: Mapping[str, Any],
+    form: str,
+    weights: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+) -> None:
+    lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+    updates = list(torch._foreach_add(grads, weights, alpha=decay))
+    if group["adapt"]:
+        measured = updates if form == "vicreg" else grads
+        weight_norm = torch.stack(torch._foreach_norm(weights))
+        other_norm = torch.stack(torch._foreach_norm(measured))
+        ratio = _ratio(group, form, weight_norm, other_norm)
+        torch._foreach_mul_(updates, list(ratio.unbind()))
+    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_add_(buffers, updates)
+    if form == "emp":
+        torch._foreach_add_(updates, buffers, alpha=momentum)
+        torch._foreach_add_(weights, updates, alpha=-lr)
+    else:
+        torch._foreach_add_(weights, buffers, alpha=-lr)
+
+
+def _update_in_cache(
+    group: Mapping[str, Any], form: str, p: Tensor, grad: Tensor, buffer: Tensor
+) -> None:
+    """The same for one tensor, piece by piece: on a CPU what counts is trips to memory."""
+    lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+    pieces = _pieces(p, grad, buffer)
+    scratch = torch.empty_like(pieces[0][0])
+    ratio = scratch.new_ones(())
+    if group["adapt"]:
+        weight_norms, other_norms = [], []
+        for w, g, _ in pieces:
+            measured = g
+            if form == "vicreg":
+                measured = torch.add(g, w, alpha=decay, out=scratch[: len(w)])
+            weight_norms.append(_norm(w))
+            other_norms.append(_norm(measured))
+        weight_norm, other_norm = (_norm(torch.stack(n)) for n in (weight_norms, other_norms))
+        ratio = _ratio(group, form, weight_norm, other_norm)
+    for w, g, m in pieces:
+        update = torch.add(g, w, alpha=decay, out=scratch[: len(w)]).mul_(ratio)
+        m.mul_(momentum).add_(update)
+        if form == "emp":
+            w.sub_(update.add_(m, alpha=momentum), alpha=lr)
         else:
-            ratio = group["eta"] * weight_norm
-            ratio = ratio / (other_norm + group["weight_decay"] * weight_norm + 1e-8)
-            ratio = (ratio / max(group["lr"], 1e-30)).clamp(max=1.0)
-        alive = (weight_norm > 0) & (other_norm > 0)
-        return torch.where(alive, ratio, torch.ones_like(ratio))
+            w.sub_(m, alpha=lr)
+
+
+def _ratio(group: Mapping[str, Any], form: str, weight_norm: Tensor, other_norm: Tensor) -> Tensor:
+    """The factor of the update from |p| and |u| (vicreg) or |g| (emp)."""
+    if form == "vicreg":
+        ratio = group["eta"] * weight_norm / other_norm
+    else:
+        ratio = group["eta"] * weight_norm
+        ratio = ratio / (other_norm + group["weight_decay"] * weight_norm + 1e-8)
+        ratio = (ratio / max(group["lr"], 1e-30)).clamp(max=1.0)
+    alive = (weight_norm > 0) & (other_norm > 0)
+    return torch.where(alive, ratio, torch.ones_like(ratio))
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -227,11 +243,13 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Takes in the weights after one step."""
-        for name, value in model.state_dict().items():
-            if name in self.learned:
-                self.weights[name].lerp_(value, 1.0 - self.decay)
-            else:
-                self.weights[name].copy_(value)
+        values = model.state_dict()
+        learned = sorted(self.learned)
+        move_average(
+            [self.weights[name] for name in learned], [values[name] for name in learned], self.decay
+        )
+        for name in values.keys() - self.learned:
+            self.weights[name].copy_(values[name])
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:

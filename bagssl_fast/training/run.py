@@ -54,10 +54,6 @@ class Run:
     def steps_per_epoch(self) -> int:
         return len(self.loader)
 
-    def seek(self, epoch: int, step: int) -> None:
-        """Lets the loader's next iteration begin at a step of an epoch."""
-        self.loader.load_state_dict(self.loader.state_dict() | {"epoch": epoch, "step": step})
-
 
 def prepare(config: Config, me: Ranks) -> Run:
     """Checks a configuration and makes all that its run needs, cheap and likely mistakes first.
@@ -234,11 +230,9 @@ def save(run: Run) -> None:
         write_atomic(run.run_dir / name, lines.encode())
     if not run.ranks.is_main:
         return
-    epoch, offset = divmod(run.step, run.steps_per_epoch)
     state = {
         "identity": identity(run),
         "step": run.step,
-        "loader": {"epoch": epoch, "step": offset},
         "model": run.model.state_dict(),
         "loss": run.loss.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -261,7 +255,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     checkpoint.compare(state["identity"], identity(run))
     run.step = state["step"]
     run.model.load_state_dict(state["model"])
-    run.loss.load_state_dict(state.get("loss", {}))  # checkpoints of 0.1.0 have none
+    run.loss.load_state_dict(state["loss"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     if run.average is not None:

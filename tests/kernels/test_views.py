@@ -140,6 +140,9 @@ def test_one_buffer_whatever_the_container():
     expected = patch_views(images, params, **options)
     assert torch.equal(patch_views(list(images), params, **options), expected)
     assert torch.equal(patch_views(ragged(list(images)), params, **options), expected)
+    four = tuple(torch.cat([images, images[:1]]))  # as many as a ragged batch has tensors
+    again = torch.cat([params, params[:, :1]], 1)
+    assert torch.equal(patch_views(four, again, **options)[:, :3], expected)
     flipped = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     assert torch.equal(patch_views(flipped, params, **options), expected)
     assert torch.equal(patch_views(images, params, **options), expected)

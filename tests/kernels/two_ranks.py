@@ -11,6 +11,8 @@ from bagssl_fast.kernels.linear_bn_relu import linear_bn_relu
 from bagssl_fast.kernels.tcr import tcr
 from bagssl_fast.kernels.vicreg import vicreg
 
+from bagssl_fast.distributed.collectives import gather
+
 WORLD = 2
 
 
@@ -27,7 +29,8 @@ def evaluate(rank: int, world: int, group: Any) -> dict[str, torch.Tensor]:
     weight, gamma = normal(5, 5).requires_grad_(), (1 + 0.1 * normal(5)).requires_grad_()
     beta, mean, var = normal(5).requires_grad_(), torch.zeros(5), torch.ones(5)
 
-    loss = sum(vicreg(z, group=group)) - tcr(z, group=group).sum()
+    everyone = gather(z, 1, group)
+    loss = sum(vicreg(everyone)) - tcr(everyone).sum()
     loss.backward()
     out = linear_bn_relu(x, weight, gamma, beta, mean, var, training=True, group=group)
     (out * grad).sum().backward()

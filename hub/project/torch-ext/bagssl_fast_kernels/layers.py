@@ -51,8 +51,8 @@ class VICRegLoss(nn.Module):
     def forward(self, z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
         if self.gather_distributed:
             raise ValueError(
-                "VICRegLoss: gather_distributed=True is not in this layer; call vicreg with its "
-                "group, or leave this layer as it was"
+                "VICRegLoss: this layer does not gather over ranks, got gather_distributed=True; "
+                "call vicreg on gathered projections, or keep lightly's layer"
             )
         invariance, variance, covariance = vicreg(torch.stack((z_a, z_b)), eps=self.eps)
         return (
