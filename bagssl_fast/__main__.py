@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+
+from bagssl_fast import __version__
+from bagssl_fast.exits import WRONG_USAGE
 
 COMMANDS = {
     "train": "train a bag-of-patches model",
@@ -18,19 +22,28 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns what the command returns, or 2 for an unknown one."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    lines = [f"  {name:<10}{meaning}" for name, meaning in COMMANDS.items()]
-    usage = "usage: bagssl COMMAND [--option VALUE ...]\n\n" + "\n".join(lines) + "\n"
-    if not arguments or arguments[0] in ("-h", "--help"):
+    name, *arguments = list(sys.argv[1:] if argv is None else argv) or [""]
+    lines = [f"  {command:<10}{meaning}" for command, meaning in COMMANDS.items()]
+    usage = (
+        "usage: bagssl COMMAND [--option VALUE ...]\n\n"
+        + "\n".join(lines)
+        + "\n\nbagssl COMMAND --help lists the options of a command.\n"
+    )
+    if name in ("-h", "--help"):
         sys.stdout.write(usage)
-        return 0 if arguments else 2
-    name = arguments[0]
+        return 0
+    if name == "--version":
+        sys.stdout.write(f"{__version__}\n")
+        return 0
     if name not in COMMANDS:
-        sys.stderr.write(f"error: unknown command {name!r}\n{usage}")
-        return 2
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        sys.stderr.write(f"error: unknown command {name}{hint}\n" if name else "")
+        sys.stderr.write("" if near else usage)
+        return WRONG_USAGE
     module = "analyze.__main__" if name == "analyze" else name
-    status: int = importlib.import_module(f"bagssl_fast.{module}").main(arguments[1:])
-    return status
+    code: int = importlib.import_module(f"bagssl_fast.{module}").main(arguments)
+    return code
 
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 
+from bagssl_fast.arguments import Parser
 from bagssl_fast.config import Config, resolve
 
 PACKAGE = Path(__file__).resolve().parent
@@ -22,76 +20,81 @@ RECIPE_FOLDERS = (PACKAGE.parent / "configs", PACKAGE / "recipes")
 
 # What may differ between a run and its resumption: paths, reporting and speed, never the result.
 FREE_KEYS = re.compile(
-    r"data|test_data|name|run_dir|resume|overwrite|device|threads|log_every|checkpoint_every|"
-    r"keep_checkpoints|tensorboard|compile|cuda_graph|impl|"
+    r"data|test_data|labels|name|run_dir|resume|overwrite|device|threads|log_every|"
+    r"checkpoint_every|keep_checkpoints|tensorboard|compile|cuda_graph|impl|"
     r"loader\.(num_threads|batches_ahead|views)|eval\..*"
 )
 
 
-class _Parser(ArgumentParser):
-    """jsonargparse's parser with errors of one line, and a guess at what was meant."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = list(_option_names(Config()))
-        message = re.sub(
-            r"Group '([\w.]+)' does not accept option '", r"unknown option '\1.", message
-        )
-        found = re.search(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)", message)
-        close = difflib.get_close_matches(found[1], known, 1, 0.7) if found else []
-        message += "".join(f"; did you mean {name}?" for name in close)
-        sys.stderr.write(f"error: {message}\n(--help lists every option with its meaning)\n")
-        raise SystemExit(2)
-
-
-def make_parser(prog: str = "python -m bagssl_fast.train") -> ArgumentParser:
+def make_parser() -> Parser:
     """The parser of the trainer's command line: every field of `Config` is an option."""
-    parser = _Parser(
-        prog=prog,
-        usage="%(prog)s [--config RECIPE] [--data PATH] [--option VALUE ...]",
-    )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help=f"A yaml file, or the bare name of a recipe: {', '.join(recipe_names())}.",
-    )
-    parser.add_class_arguments(Config)
-    return parser
+    recipes = ", ".join(recipe_names())
+    return Parser(Config, "train", f"A yaml file, or the bare name of a recipe: {recipes}.")
 
 
 def parse(argv: Sequence[str]) -> Config:
     """Reads a command line: defaults < `--config` < flags; no `--config`, no `--data`: the demo.
 
     Args:
-        argv: The arguments after the program's name. `--test-data` and `--test_data` are one.
+        argv: The arguments after the program's name, as `bagssl_fast.arguments` reads them.
 
     Raises:
-        SystemExit: 2 for what is wrong, with one line that says so; 0 for --help and
-            --print_config.
+        ValueError, FileNotFoundError: For what is wrong, in one sentence.
+        SystemExit: 0, for --help and --print_config.
     """
-    arguments = [_normalize(argument) for argument in argv]
-    if not any(a.split("=")[0] in ("--config", "--data") for a in arguments):
-        arguments = ["--config", "demo", *arguments]
-    recipe = ""
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            arguments[i + 1] = recipe = str(find_recipe(arguments[i + 1]))
-        elif argument.startswith("--config="):
-            recipe = str(find_recipe(argument.partition("=")[2]))
-            arguments[i] = f"--config={recipe}"
     parser = make_parser()
-    values = parser.instantiate(parser.parse_args(arguments))
-    config = Config(**{f.name: values[f.name] for f in fields(Config)})
+    arguments = parser.normalize(argv)
+    recipes = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+    if not recipes and not any(a.startswith("--data=") for a in arguments):
+        recipes = ["demo"]
+    paths = [find_recipe(recipe) for recipe in recipes]
+    for path in paths:
+        check_keys(parser, path)
+    flags = [a for a in arguments if not a.startswith("--config=")]
+    config = Config(**parser.read([*(f"--config={path}" for path in paths), *flags]))
     if not config.name:
-        config = replace(config, name=Path(recipe).stem if recipe else config.encoder.name)
+        config = replace(config, name=paths[-1].stem if paths else config.encoder.name)
     return resolve(config)
 
 
-def _normalize(argument: str) -> str:
-    """`--test-data=x` -> `--test_data=x`; values are left alone."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+def load(path: str | os.PathLike[str]) -> Config:
+    """Reads a configuration that `to_yaml` wrote (any recipe will do).
+
+    Raises:
+        ValueError: If it is not valid yaml or no configuration.
+    """
+    parser = make_parser()
+    check_keys(parser, Path(path))
+    return resolve(Config(**parser.read([f"--config={os.fspath(path)}"])))
+
+
+def check_keys(parser: Parser, path: Path) -> None:
+    """Refuses a yaml file with keys that are no options.
+
+    Raises:
+        ValueError: Naming the file and the key, with a guess at what was meant.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid yaml: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected options by name, such as `epochs: 10`")
+    for key in _keys(parser, content):
+        try:
+            parser.check_name(key, "null")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _keys(parser: Parser, content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names in a yaml file, down to options."""
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name not in parser.types:
+            yield from _keys(parser, value, f"{name}.")
+        else:
+            yield name
 
 
 def recipe_names() -> list[str]:
@@ -103,7 +106,7 @@ def find_recipe(name: str) -> Path:
     """The yaml file that `name` means: a path, `configs/x.yaml`, or the bare name of a recipe.
 
     Raises:
-        SystemExit: 2 if there is no such file, naming the recipes that exist.
+        FileNotFoundError: If there is no such file, naming the recipes that exist.
     """
     if Path(name).is_file():
         return Path(name)
@@ -113,31 +116,14 @@ def find_recipe(name: str) -> Path:
             path = folder / f"{needed.stem}.yaml"
             if path.is_file():
                 return path
-    sys.stderr.write(
-        f"error: --config {name}: no such file or recipe; recipes: {', '.join(recipe_names())}\n"
+    raise FileNotFoundError(
+        f"--config {name}: no such file or recipe; recipes: {', '.join(recipe_names())}"
     )
-    raise SystemExit(2)
-
-
-def _option_names(config: Any, prefix: str = "") -> Iterator[str]:
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            yield from _option_names(value, f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as yaml that `--config` reads back."""
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, default_flow_style=None)
-
-
-def load(path: str | os.PathLike[str]) -> Config:
-    """Reads a configuration that `to_yaml` wrote (any recipe will do)."""
-    parser = make_parser()
-    values = parser.instantiate(parser.parse_args(["--config", os.fspath(path)]))
-    return resolve(Config(**{f.name: values[f.name] for f in fields(Config)}))
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -149,6 +135,14 @@ def identity(config: Config) -> dict[str, Any]:
         else:
             flat[key] = value
     return {key: value for key, value in flat.items() if not FREE_KEYS.fullmatch(key)}
+
+
+def eval_identity(config: Config) -> dict[str, Any]:
+    """What an evaluation measures of a run: two with the same may replace each other."""
+    options = asdict(config.eval)
+    del options["enabled"], options["batch_size"]
+    names = ("data", "test_data", "labels")
+    return {**{name: getattr(config, name) for name in names}, **_plain(options)}
 
 
 def _plain(value: Any) -> Any:

@@ -1,12 +1,13 @@
 """The configuration of a run: frozen dataclasses whose defaults a recipe and the flags override.
 
 `check` refuses what cannot work with a sentence that names the fix; `bagssl_fast.cli` reads
-command lines and yaml. Neither imports torch: `--help` and a wrong flag answer at once.
+command lines and yaml. Neither imports torch: `--help`, a wrong flag, a wrong path answer at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from bagssl_fast.augment import Augment
@@ -184,21 +185,24 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Train a bag-of-patches model; `python -m bagssl_fast.train` alone runs the demo.
+    """Train a bag-of-patches model; without any option, on the built-in demo images.
 
     Args:
         data: Training images: demo, a folder, a .tar (a list, glob or folder of them), .npy/.npz,
             or a torchvision CIFAR/MNIST root.
         test_data: Images for the evaluation; by default the `-test` sibling of a `-train` data
             path, else a held-out part of `data`.
+        labels: auto takes the classes that the data has (names of folders, say), none ignores them;
+            training never looks at them, evaluation does.
         name: First part of the run directory's name; by default the recipe's.
         run_dir: Run directory; by default runs/<name>-<time>.
-        resume: auto goes on from the newest checkpoint of `run_dir` if there is one, never starts
-            afresh, a path names a checkpoint or a run directory.
+        resume: auto resumes from the newest checkpoint of `run_dir` if there is one, never starts
+            a new run, a path names a checkpoint or a run directory.
         overwrite: Delete what a non-empty `run_dir` holds.
-        epochs: Passes over the training images.
+        epochs: Passes over the training images, unless `max_steps` is given.
         batch_size: Images per step, over all ranks together.
-        max_steps: Stop after so many steps (the schedule ends there too); 0 runs all epochs.
+        max_steps: Steps of the whole run and its schedule, however many epochs they make; 0 leaves
+            that to `epochs`.
         max_images: Train on so many of the images, drawn by the seed; 0 takes all.
         seed: Seed of the initial weights, of the order of the images and of every bag.
         device: auto (CUDA where there is one), cpu or cuda.
@@ -230,9 +234,10 @@ class Config:
 
     data: str = "demo"
     test_data: str | None = None
+    labels: Literal["auto", "none"] = "auto"
     name: str = ""
     run_dir: str | None = None
-    resume: str = "never"
+    resume: str = field(default="never", metadata={"bare": "auto"})
     overwrite: bool = False
     epochs: int = 10
     batch_size: int = 128
@@ -297,6 +302,7 @@ def check(config: Config) -> None:
     _at_least("bag.stride", c.bag.stride, 1)
     _at_least("epochs", c.epochs, 1)
     _at_least("augment.size", c.augment.size, 1)
+    _at_least("max_steps", c.max_steps, 0)
     _at_least("max_images", c.max_images, 0)
     _at_least("log_every", c.log_every, 1)
     _at_least("keep_checkpoints", c.keep_checkpoints, 1)
@@ -316,7 +322,7 @@ def check(config: Config) -> None:
         low, high = a.scale
         if not 0 < low <= high <= 1:
             raise ValueError(
-                f"--{option}.scale [{low}, {high}]: a crop's share of the image's area lies in "
+                f"--{option}.scale [{low}, {high}]: a crop's share of the image's area is in "
                 "(0, 1], lowest first; a patch cannot be larger than the image"
             )
     if c.augment_odd is not None and c.augment_odd.size != c.augment.size:
@@ -331,12 +337,14 @@ def check(config: Config) -> None:
             "a momentum between 0 and 1 such as 0.99, and no other loss takes them, 0"
         )
     if not 0.0 <= c.ema < 1.0:
-        raise ValueError(f"--ema {c.ema}: the decay lies in [0, 1), 0 for no average")
+        raise ValueError(f"--ema {c.ema}: the decay must be in [0, 1), 0 for no average")
+    if c.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard true needs a package: pip install tensorboard")
     check_eval(c.eval)
 
 
-def check_eval(options: EvalConfig) -> None:
-    """Refuses an evaluation that makes no sense.
+def check_eval(options: EvalConfig, prefix: str = "eval.") -> None:
+    """Refuses an evaluation that makes no sense; `prefix` stands before the names of its options.
 
     Raises:
         ValueError: Naming the option and how to fix it.
@@ -344,15 +352,17 @@ def check_eval(options: EvalConfig) -> None:
     for count in options.patches:
         if count < 1 or round(count**0.5) ** 2 != count:
             raise ValueError(
-                f"--eval.patches {count}: bags are n x n grids, take squares such as 1, 4, 16, 64"
+                f"--{prefix}patches {count}: bags are n x n grids, take squares such as 1, 4, 16"
             )
     if not options.patches:
-        raise ValueError("--eval.patches is empty: name at least one number, such as 1")
-    _at_least("eval.view", options.view, 0)
-    _at_least("eval.batch_size", options.batch_size, 0)
-    _at_least("eval.knn_k", options.knn_k, 1)
+        raise ValueError(f"--{prefix}patches is empty: name at least one number, such as 1")
+    _at_least(f"{prefix}view", options.view, 0)
+    _at_least(f"{prefix}batch_size", options.batch_size, 0)
+    _at_least(f"{prefix}knn_k", options.knn_k, 1)
+    if options.knn_t <= 0:
+        raise ValueError(f"--{prefix}knn_t {options.knn_t}: must be greater than 0")
     if not 0 < options.test_fraction < 1:
-        raise ValueError(f"--eval.test_fraction {options.test_fraction}: must lie between 0 and 1")
+        raise ValueError(f"--{prefix}test_fraction {options.test_fraction}: must be in (0, 1)")
 
 
 def patch_size(config: Config) -> int:

@@ -1,81 +1,125 @@
-"""Evaluate a run: `python -m bagssl_fast.evaluate RUN [--patches 1,4,16,64,256] ...`.
-
-For each number of patches the embeddings of a grid of unaugmented patches are averaged, and a
-weighted kNN and a linear probe read the class from the bag: for the trained network and for the
-same network at its random initialization, for embedding h and projection z. Beside them stands the
-central crop: the whole central square, shrunk to the size of one patch.
-"""
+"""Evaluate a run: `bagssl evaluate RUN [--patches 1,4,16,64,256] ...`."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-from collections.abc import Sequence
-from dataclasses import fields, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from bagssl_fast import cli, locate, machine
+from bagssl_fast.arguments import Parser
 from bagssl_fast.config import Config, EvalConfig, check_eval
+from bagssl_fast.exits import FAILED, WRONG_USAGE, errors_end, program
 
-if __name__ == "__main__" and "torch" not in sys.modules:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the evaluation's command line; what is left out comes from the run."""
-    parser = argparse.ArgumentParser("python -m bagssl_fast.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--data", help="training images of the probes (default: the run's)")
-    parser.add_argument("--test-data", "--test_data", help="test images")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--threads", type=int, help="CPU threads, 0 = all cores")
-    group = parser.add_argument_group("what is measured (defaults: the run's `eval` section)")
-    group.add_argument("--patches", help="numbers of patches, e.g. 1,4,16,64,256")
-    group.add_argument("--projection-patches", type=int, help="largest bag for the projection")
-    group.add_argument("--no-random", action="store_true", help="leave the random network out")
-    group.add_argument("--random-patches", type=int, help="largest bag of the random network")
-    group.add_argument("--max-train-images", type=int, help="0 = all")
-    group.add_argument("--max-test-images", type=int, help="0 = all")
-    group.add_argument("--batch-size", type=int, help="images per forward pass")
-    group.add_argument("--probe", choices=("ridge", "logistic"))
-    group.add_argument("--knn-k", type=int)
-    return parser
+SKIP = "--on_error skip"
+TOP = ("data", "test_data", "labels", "device", "threads", "impl")  # fields of Config
 
 
-def override(config: Config, options: argparse.Namespace) -> Config:
-    """The run's configuration with the flags over it."""
-    given = {key: value for key, value in vars(options).items() if value is not None}
-    top = {key: given[key] for key in ("data", "test_data", "device", "threads") if key in given}
-    names = {field.name for field in fields(EvalConfig)} - {"patches"}
-    inner: dict[str, Any] = {key: given[key] for key in names if key in given}
-    if "patches" in given:
-        try:
-            inner["patches"] = tuple(int(n) for n in given["patches"].strip("[]").split(","))
-        except ValueError:
-            raise ValueError(
-                f"--patches {given['patches']}: numbers with commas are expected, such as 1,4,16"
-            ) from None
-    if given["no_random"]:
-        inner["random"] = False
-    return replace(config, **top, eval=replace(config.eval, **inner))
+@dataclass(frozen=True)
+class Evaluate(EvalConfig):
+    """Measures a trained run; options that are left out are as the run has them.
+
+    For each number of patches the embeddings of a grid of unaugmented patches are averaged, and a
+    weighted kNN and a linear probe read the class from the bag: for the trained network and for
+    the same network at its random initialization, for embedding h and projection z. Beside them
+    stands the central crop: the whole central square, shrunk to the size of one patch.
+
+    Args:
+        run: Run directory, or a folder that `bagssl export` wrote.
+        data: Training images of the probes.
+        test_data: Test images.
+        labels: auto takes the classes that the data has, none ignores them.
+        device: auto, cpu or cuda.
+        threads: CPU threads of torch; 0 takes every core this process may use.
+        impl: Implementation of the ops: auto, reference, cpu or cuda.
+        on_error: What a broken image does: raise stops, skip leaves it out.
+        out: Directory for eval.json and eval.png; by default the run's.
+        overwrite: Replace an evaluation of other images or with other options.
+    """
+
+    run: Path = field(kw_only=True)
+    data: str = "demo"
+    test_data: str | None = None
+    labels: Literal["auto", "none"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    impl: Literal["auto", "reference", "cpu", "cuda"] = "auto"
+    on_error: Literal["raise", "skip"] = "raise"
+    out: Path | None = None
+    overwrite: bool = False
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Returns 0, or 2 for wrong usage."""
-    options = make_parser().parse_args(argv)
+def load_config(run: Path) -> Config:
+    """The configuration of a run or an exported model.
 
-    from bagssl_fast.evaluation.measure import evaluate
-    from bagssl_fast.models.saved import load_config
+    Raises:
+        ValueError: If it is damaged.
+    """
+    if (run / "config.yaml").is_file():
+        return cli.load(run / "config.yaml")  # without torch
+    from bagssl_fast.models import saved
 
+    return saved.load_config(run)
+
+
+def override(config: Config, given: Mapping[str, Any]) -> Config:
+    """The run's configuration with the options of a command line over it."""
+    names = {f.name for f in fields(EvalConfig)}
+    top = {name: given[name] for name in TOP if name in given}
+    options = {name: value for name, value in given.items() if name in names}
+    loader = replace(config.loader, on_error=given.get("on_error", config.loader.on_error))
+    return replace(config, **top, loader=loader, eval=replace(config.eval, **options))
+
+
+def check_out(out: Path, config: Config) -> None:
+    """Refuses a directory that holds another evaluation.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    path = out / "eval.json"
+    if not path.is_file():
+        return
     try:
-        config = override(load_config(options.run), options)
-        check_eval(config.eval)
-        evaluate(options.run, config)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+        kept = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (ValueError, KeyError, TypeError):
+        kept = {}
+    now = cli.eval_identity(config)
+    changed = [f"{key}: {kept.get(key)} -> {now[key]}" for key in now if kept.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"{path} holds another evaluation ({'; '.join(changed)}): name another directory with "
+            "--out, or replace it with --overwrite true"
+        )
+
+
+@program
+def main(argv: Sequence[str]) -> None:
+    """The program."""
+    with errors_end(WRONG_USAGE):
+        parser = Parser(Evaluate, "evaluate", defaults=False, skip=("enabled",))
+        given = parser.read(argv)
+        run = given["run"]
+        locate.check_run(run)
+        config = override(load_config(run), given)
+        check_eval(config.eval, prefix="")
+        for data in filter(None, (config.data, config.test_data)):
+            locate.check_data(data)
+        out = given.get("out", run)
+        if not given.get("overwrite", False):
+            check_out(out, config)
+    machine.let_threads_sleep()
+
+    from bagssl_fast import ops
+    from bagssl_fast.evaluation.measure import carry_out, prepare
+
+    ops.set_impl(None if config.impl == "auto" else config.impl)
+    with errors_end(WRONG_USAGE, SKIP):
+        evaluation = prepare(run, config, out)
+    with errors_end(FAILED, SKIP):
+        carry_out(evaluation)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,15 @@ def report() -> dict[str, Any]:
     }
 
 
+def let_threads_sleep() -> None:
+    """Keeps threads of torch's OpenMP that wait for work from spinning: loaders need the cores.
+
+    OpenMP reads it once, when torch loads it.
+    """
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

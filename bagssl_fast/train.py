@@ -1,68 +1,81 @@
-"""Train a bag-of-patches model: `python -m bagssl_fast.train [--config RECIPE] [--data PATH]`."""
+"""Train a bag-of-patches model: `bagssl train [--config RECIPE] [--data PATH]`.
+
+`python -m bagssl_fast.train` is the same, and what torchrun starts.
+"""
 
 from __future__ import annotations
 
-import os
-import sys
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from bagssl_fast import cli
+from bagssl_fast import cli, locate, machine
+from bagssl_fast.config import Config, check
+from bagssl_fast.exits import FAILED, WRONG_USAGE, Failed, errors_end, program
 from bagssl_fast.terminal import say
 
-if __name__ == "__main__" and "torch" not in sys.modules:
-    # Read once, when torch loads its OpenMP: threads that wait for work must not spin, since the
-    # loader's threads want the cores meanwhile.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+SKIP = "--loader.on_error skip"
 
 
-def evaluate_run(run_dir: Path) -> int:
-    """Evaluates a finished run; what is wrong with the data for it takes nothing from the run."""
+def check_paths(config: Config) -> None:
+    """Refuses paths that name nothing, or what nobody asked to touch.
+
+    Raises:
+        ValueError, OSError: Naming the path.
+    """
+    locate.check_data(config.data)
+    if config.test_data is not None:
+        locate.check_data(config.test_data)
+    locate.check_resume(config.resume)
+    if config.run_dir is not None:
+        locate.check_run_dir(Path(config.run_dir), config.resume, config.overwrite)
+
+
+def evaluate_run(run_dir: Path) -> None:
+    """Evaluates a finished run.
+
+    Raises:
+        Failed: If that cannot be done; it takes nothing from the run.
+    """
     from bagssl_fast.evaluation.measure import evaluate
 
     try:
         evaluate(run_dir)
     except (ValueError, OSError) as error:
-        sys.stderr.write(
-            f"error: {error}\n"
-            f"The run itself is complete; later: python -m bagssl_fast.evaluate {run_dir}\n"
-        )
-        return 2
-    return 0
+        raise Failed(
+            f"{error}; the run itself is complete, evaluate it later with bagssl evaluate {run_dir}"
+        ) from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Returns 0 for a finished or asked-to-stop run, 1 diverged, 2 wrong usage."""
-    config = cli.parse(sys.argv[1:] if argv is None else argv)
+@program
+def main(argv: Sequence[str]) -> None:
+    """The program."""
+    with errors_end(WRONG_USAGE):
+        config = cli.parse(argv)
+        check(config)
+        check_paths(config)
+    machine.let_threads_sleep()
 
     from bagssl_fast.distributed import ranks
     from bagssl_fast.training.loop import train
-    from bagssl_fast.training.meter import Diverged
     from bagssl_fast.training.run import prepare
 
     try:
-        me = ranks.start(config.device)
-        run = prepare(config, me)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        ranks.stop()
-        return 2
-    try:
-        finished = train(run)
-    except Diverged as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+        with errors_end(WRONG_USAGE, SKIP):
+            me = ranks.start(config.device)
+            run = prepare(config, me)
+        # Before the group is left: the others would fail at that, and torchrun end this process.
+        with contextlib.closing(run.loader), errors_end(FAILED, SKIP):
+            train(run)
     finally:
-        run.loader.close()
         ranks.stop()
-    if me.is_main:
-        state = "finished" if finished else "stopped on request; --resume auto goes on"
-        say(f"{state}: {run.run_dir}, step {run.step} of {run.total_steps}")
-        if run.loader.skipped:
-            say(f"{len(run.loader.skipped)} broken images were replaced: {run.run_dir}/skipped.txt")
-    if finished and config.eval.enabled and me.is_main:
-        return evaluate_run(run.run_dir)
-    return 0
+    if not me.is_main:
+        return
+    say(f"finished: {run.run_dir}, step {run.step} of {run.total_steps}")
+    if run.loader.skipped:
+        say(f"{len(run.loader.skipped)} broken images were replaced: {run.run_dir}/skipped.txt")
+    if config.eval.enabled:
+        evaluate_run(run.run_dir)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from bagssl_fast import cli
+from bagssl_fast import arguments, cli
 from bagssl_fast.analyze import aggregation, bags, epochs, mean
-from bagssl_fast.analyze.__main__ import main, make_parser
+from bagssl_fast.analyze.__main__ import main
 from bagssl_fast.analyze.analysis import describe, examine, make_context, studies
 from bagssl_fast.analyze.models import DONE, Context, Stopped
+from bagssl_fast.analyze.options import Analyze
 from bagssl_fast.analyze.study import Figure, Result, Study, Table
 from bagssl_fast.analyze.verdict import Difference, all_of, difference, paired, percent
 from bagssl_fast.evaluation.features import CENTER, embed_patches, extract
@@ -153,7 +154,7 @@ class TestResult:
 
     def test_time_counts_interrupted_parts(self, folder, tmp_path):
         def interrupted(_):
-            raise Stopped("now")
+            raise Stopped(signal.SIGTERM, "now")
 
         c = context(folder, tmp_path)
         with pytest.raises(Stopped):
@@ -231,7 +232,7 @@ class TestModels:
         assert again.costs == first.costs
 
         other = replace(again, claim=4, costs=again.costs | {"models/other": 100.0})
-        options = make_parser().parse_args(["--seeds", "1"])
+        options = Analyze(seeds=1)
         about = describe(options, context(folder, tmp_path), [again, other])
         total = 100 + sum(first.costs.values()) + 2 * again.seconds
         assert about["seconds"] == pytest.approx(total, abs=0.11)  # shared models once
@@ -319,9 +320,9 @@ class TestCommand:
         assert words in capsys.readouterr().err
 
     def test_six_claims_in_order(self):
-        assert [study.claim for study in studies("3,1,2,6,5,4")] == [1, 2, 3, 4, 5, 6]
+        assert [study.claim for study in studies((3, 1, 2, 6, 5, 4))] == [1, 2, 3, 4, 5, 6]
 
     def test_seeds_and_recipe(self, folder):
         argv = ["--config", str(folder / "tiny.yaml"), "--seeds", "3"]
-        c = make_context(make_parser().parse_args(argv))
+        c = make_context(arguments.read(Analyze, argv, "analyze"))
         assert (c.seeds, c.base.data, c.base.max_steps) == ((0, 1, 2), "demo", 4)

@@ -105,12 +105,23 @@ def test_takes_images_in_every_form(runs, tmp_path):
     }
     for name, got in same.items():
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
-    batch = np.stack(pictures(*[(20, 21)] * 4))  # [3, H, W] would be one image
+    batch = np.stack(pictures(*[(20, 21)] * 4))
     chw = torch.from_numpy(batch).permute(0, 3, 1, 2)
     torch.testing.assert_close(encoder(chw), encoder(batch))
-    gray = batch[..., 0]
-    torch.testing.assert_close(encoder(gray), encoder(np.repeat(gray[..., None], 3, 3)))
+    gray = batch[..., :1]
+    torch.testing.assert_close(encoder(gray), encoder(np.repeat(gray, 3, 3)))
+    torch.testing.assert_close(encoder(list(gray[..., 0])), encoder(gray))
     assert encoder([]).shape == (0, encoder.dim)
+
+
+def test_three_dimensions_are_one_image_whatever_their_sizes(runs):
+    """Three gray images must not become one color image where four would be four images."""
+    encoder = BagEncoder.from_run(runs["dense"], patches=4)
+    gray = np.stack(pictures(*[(20, 21)] * 4))[..., 0]
+    assert encoder(gray[:3]).shape == (1, encoder.dim)  # [3, H, W]
+    with pytest.raises(ValueError, match=r"\[4, 20, 21\].*images\[\.\.\., None\]"):
+        encoder(gray)
+    assert encoder(gray[:3, ..., None]).shape == (3, encoder.dim)
 
 
 def test_a_jpeg_is_turned_upright_as_in_training(runs, tmp_path):

@@ -94,6 +94,16 @@ def test_sixteen_bit_gray_is_scaled_not_clipped():
     np.testing.assert_array_equal(decoded[..., 0].ravel(), np.arange(256))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_twelve_bits_in_a_sixteen_bit_file_are_named(kind):
+    """Such images train nearly black; the scale of one must not depend on its own pixels."""
+    out = io.BytesIO()
+    Image.fromarray(np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)).save(out, kind)
+    with pytest.warns(UserWarning, match="12 bits or less"):
+        decoded = decode_image(out.getvalue())
+    np.testing.assert_array_equal(decoded[..., 0].ravel(), np.arange(0, 4096, 16) // 256)
+
+
 @needs_native
 def test_scaled_decode_is_pillows_draft_mode():
     file = jpeg(waves(120, 160))

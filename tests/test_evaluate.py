@@ -3,7 +3,7 @@
 import builtins
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch import nn
 
 from bagssl_fast import cli, evaluate, train
 from bagssl_fast.augment import Augment
-from bagssl_fast.config import BagConfig, Config, EncoderConfig, HeadConfig
+from bagssl_fast.config import BagConfig, Config, EncoderConfig, EvalConfig, HeadConfig
 from bagssl_fast.data import open_source
 from bagssl_fast.evaluation import quality
 from bagssl_fast.evaluation.datasets import find_test_data
@@ -286,7 +286,7 @@ class TestRun:
         assert any("statistics averaged" in note for note in result["notes"])
 
     def test_leaves_out_bags_larger_than_the_image_has_patches(self, run_dir, capsys):
-        assert evaluate.main([str(run_dir), "--patches", "1,256", "--no-random"]) == 0
+        assert evaluate.main([str(run_dir), "--patches", "1,256", "--random=false"]) == 0
         assert "left out: bags of 256 patches" in capsys.readouterr().out
         rows = json.loads((run_dir / "eval.json").read_text())["results"]
         assert {r["patches"] for r in rows} == {"center", 1}
@@ -298,9 +298,51 @@ class TestRun:
             results.append(json.loads((run_dir / "eval.json").read_text())["results"])
         assert results[0] == results[1]
 
+    def test_an_evaluation_replaces_only_its_like(self, run_dir, images, tmp_path, capsys):
+        first = ["--patches", "1,4", "--random", "false"]
+        assert evaluate.main([str(run_dir), *first]) == 0
+        assert evaluate.main([str(run_dir), *first]) == 0
+        kept = (run_dir / "eval.json").read_bytes()
+        for other in (["--knn_k", "3"], ["--data", str(images / "x-test.npz")]):
+            assert evaluate.main([str(run_dir), *first, *other]) == 2
+            said = capsys.readouterr().err
+            assert "another evaluation" in said and other[0][2:] in said and "--out" in said
+            assert (run_dir / "eval.json").read_bytes() == kept
+            out = tmp_path / other[0]
+            assert evaluate.main([str(run_dir), *first, *other, "--out", str(out)]) == 0
+            assert (out / "eval.json").is_file() and (out / "eval.png").is_file()
+        assert (run_dir / "eval.json").read_bytes() == kept
+        assert evaluate.main([str(run_dir), *first, "--knn_k", "3", "--overwrite"]) == 0
+        assert json.loads((run_dir / "eval.json").read_text())["settings"]["knn_k"] == 3
+
+    def test_no_older_picture_stays_beside_a_new_table(self, run_dir):
+        first = [str(run_dir), "--patches", "1", "--random", "false"]
+        assert evaluate.main(first) == 0 and (run_dir / "eval.png").is_file()
+        assert evaluate.main([*first, "--labels", "none", "--overwrite"]) == 0
+        assert not (run_dir / "eval.png").exists()
+
+    def test_every_option_of_the_record_can_be_set(self, run_dir):
+        flags = "--patches [1,4] --view 16 --random false --random_patches 1 --projection-patches 0"
+        flags += " --max_train_images 20 --max-test-images 9 --batch_size 5 --probe logistic"
+        flags += " --knn_k 3 --knn_t 0.2 --test_fraction 0.3 --impl reference --threads 1"
+        assert evaluate.main([str(run_dir), *flags.split()]) == 0
+        settings = json.loads((run_dir / "eval.json").read_text())["settings"]
+        changed = {name for name, value in asdict(EvalConfig()).items() if settings[name] != value}
+        assert {f.name for f in fields(EvalConfig)} - changed <= {"enabled"}
+
+    def test_the_note_says_what_the_encoder_was_trained_on(self, run_dir, images, capsys):
+        """Images held out of another set have not been seen by the encoder."""
+        (images / "x-test.npz").rename(images / "other.npz")
+        flags = [str(run_dir), "--patches", "1", "--random=false"]
+        assert evaluate.main(flags) == 0
+        assert "the encoder has seen them" in capsys.readouterr().out
+        assert evaluate.main([*flags, "--data", str(images / "other.npz"), "--overwrite"]) == 0
+        said = capsys.readouterr().out
+        assert "has seen" not in said and f"was trained on {images / 'x-train.npz'}" in said
+
     def test_without_a_test_set_a_part_is_held_out(self, run_dir, images, capsys):
         (images / "x-test.npz").unlink()
-        flags = ("--no-random", "--max-train-images", "15", "--max-test-images", "4")
+        flags = ("--random=false", "--max-train-images", "15", "--max-test-images", "4")
         assert evaluate.main([str(run_dir), "--patches", "1", *flags]) == 0
         assert "held out" in capsys.readouterr().out
         result = json.loads((run_dir / "eval.json").read_text())
@@ -325,7 +367,7 @@ class TestRun:
             return real(name, *args, **kwargs)
 
         monkeypatch.setattr(builtins, "__import__", absent)
-        assert evaluate.main([str(run_dir), "--patches", "1", "--no-random"]) == 0
+        assert evaluate.main([str(run_dir), "--patches", "1", "--random=false"]) == 0
         assert "matplotlib is not installed" in capsys.readouterr().out
 
     def test_training_may_end_with_it(self, images, tmp_path):

@@ -54,10 +54,7 @@ class TestFolder:
 
     def test_refusals(self, runs, tmp_path, capsys):
         for arguments, words in (
-            (
-                [str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")],
-                "nowhere is not a directory",
-            ),
+            ([str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")], "is not a directory"),
             ([str(runs["dense"]), "--out", str(runs["dense"])], "is the run itself"),
             (
                 [str(runs["dense"]), "--out", str(tmp_path / "o"), "--onnx", "--patches", "5"],

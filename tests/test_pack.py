@@ -96,6 +96,29 @@ def test_shards(folder, tmp_path):
     assert packed.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_nothing_is_overwritten_unasked(folder, tmp_path, capsys):
+    out = tmp_path / "out.tar"
+    command = [str(folder), str(out), "--short-side=0"]
+    assert main(command) == 0
+    before = out.read_bytes()
+    (tmp_path / "out-other.tar").write_bytes(b"not of this destination")
+    assert main([*command, "--labels", "none"]) == 2
+    said = capsys.readouterr().err
+    assert "out.tar exists" in said and "--overwrite" in said and out.read_bytes() == before
+    assert main([*command, "--labels", "none", "--overwrite"]) == 0
+    assert open_source(out).labels is None
+    assert main([*command, "--shard_size", "8000"]) == 2
+    assert main(["--overwrite", *command, "--shard_size", "8000"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.tar"))[:2] == [
+        "out-000000.tar",
+        "out-000001.tar",
+    ]
+    assert not out.exists() and (tmp_path / "out-other.tar").exists()
+    assert main([*command, "--overwrite"]) == 0  # no shard of before stays behind
+    names = sorted(path.name for path in tmp_path.glob("*.tar"))
+    assert names == ["out-other.tar", "out.tar"]
+
+
 def test_same_file_for_any_number_of_threads(folder, tmp_path):
     for threads in (1, 4):
         pack(open_source(folder), tmp_path / f"{threads}.tar", num_threads=threads, short_side=24)
@@ -136,7 +159,7 @@ def test_command_line(folder, tmp_path):
 
 
 def test_command_line_errors_are_one_line(folder, tmp_path, capsys):
-    assert main([str(tmp_path / "gone"), str(tmp_path / "out.tar")]) == 1
+    assert main([str(tmp_path / "gone"), str(tmp_path / "out.tar")]) == 2
     assert "no such file" in capsys.readouterr().err
     (folder / "owl" / "b.jpg").write_bytes(b"")
     assert main([str(folder), str(tmp_path / "out.tar")]) == 1
@@ -175,7 +198,7 @@ def test_sizes():
         2 * 10**9,
         1500,
     ]
-    with pytest.raises(Exception, match="no size"):
+    with pytest.raises(ValueError, match="not a size"):
         parse_size("big")
 
 

@@ -151,6 +151,13 @@ class TestRun:
         _, run_dir = start(DENSE, "run", "--max_steps", "4")
         assert final(run_dir)["step"] == 4 and records(run_dir)[-1]["lr"] < 1e-2
 
+    def test_steps_make_as_many_epochs_as_they_need(self, start, capsys):
+        """--max_steps counts, not --epochs: 14 steps of 4 per epoch used to end after 12."""
+        _, run_dir = start(DENSE, "run", "--max_steps", "14")
+        assert final(run_dir)["step"] == 14 and records(run_dir)[-1]["epoch"] == 3.5
+        said = capsys.readouterr().out
+        assert "0 of 14 done: 3.5 epochs of 4 by --max_steps, not 3 by --epochs" in said
+
     def test_images_can_be_limited(self, start):
         _, run_dir = start(DENSE, "run", "--max_images", "17")
         assert final(run_dir)["step"] == 2 * EPOCHS  # of 8 images each, the 17th left over
@@ -175,7 +182,7 @@ class TestRun:
         for a, b in zip(records(eager), records(graph), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
 
-    def test_tells_which_images_were_skipped(self, start, tmp_path):
+    def test_tells_which_images_were_skipped(self, start, tmp_path, capsys):
         from PIL import Image
 
         folder = tmp_path / "photos"
@@ -184,8 +191,9 @@ class TestRun:
             Image.fromarray(np.full((16, 16, 3), 15 * i, np.uint8)).save(folder / f"{i:02}.png")
         (folder / "07.png").write_text("no picture")
         flags = ["--data", str(folder), "--epochs", "1"]
-        with pytest.raises(ValueError, match=r"07\.png"):
-            start(DENSE, "stops", *flags)
+        assert start(DENSE, "stops", *flags)[0] == 1
+        said = capsys.readouterr().err
+        assert "07.png" in said and "--loader.on_error skip" in said and said.count("\n") == 1
         status, run_dir = start(DENSE, "skips", *flags, "--loader.on_error", "skip")
         assert status == 0
         assert "07.png" in (run_dir / "skipped.txt").read_text()
@@ -200,7 +208,7 @@ class TestResume:
             with monkeypatch.context() as patch:
                 interrupt_after(patch, steps)
                 status, parts = start(recipe, "parts", "--resume", "auto")
-            assert status == 0 and final(parts)["step"] == steps
+            assert status == 128 + signal.SIGUSR1 and final(parts)["step"] == steps
         status, parts = start(recipe, "parts", "--resume", "auto")
         assert status == 0
         a, b = final(whole), final(parts)
@@ -247,19 +255,20 @@ class TestResume:
         assert "--run_dir" in capsys.readouterr().err
 
 
-def test_sigterm_saves_and_exits_with_0(images, tmp_path):
+def test_sigterm_saves_and_exits_with_143(images, tmp_path):
     recipe, run_dir = tmp_path / "long.yaml", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(DENSE | {"epochs": 100000, "log_every": 1}))
     command = [sys.executable, "-m", "bagssl_fast.train", "--config", str(recipe)]
     command += ["--data", str(images), "--run_dir", str(run_dir)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         for line in process.stdout:
             if line.startswith("step 3/"):
                 process.send_signal(signal.SIGTERM)
                 break
-        said = process.stdout.read()
-        assert process.wait(timeout=60) == 0
-    assert "stopped on request" in said
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in said and "--resume auto" in said
     state = final(run_dir)
     assert state["step"] >= 3
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import time
@@ -14,6 +13,7 @@ from typing import Any
 from bagssl_fast import cli, machine
 from bagssl_fast.analyze import report
 from bagssl_fast.analyze.models import Context
+from bagssl_fast.analyze.options import Analyze
 from bagssl_fast.analyze.study import CLAIMS, MODULES, Result, Study
 from bagssl_fast.config import Config
 from bagssl_fast.files import write_atomic
@@ -24,20 +24,12 @@ About = dict[str, Any]
 QUICK_STEPS, QUICK_BANK = 100, 1000
 
 
-def studies(claims: str) -> list[Study]:
-    """The studies of the chosen claims, such as "1,3", in order.
-
-    Raises:
-        ValueError: For what is no claim.
-    """
-    known = {str(number): module for number, module in enumerate(MODULES, start=1)}
-    chosen = {claim.strip() for claim in claims.split(",")}
-    if not chosen <= known.keys():
-        raise ValueError(
-            f"--claims {claims}: claims 1 to {len(MODULES)} are there, separated by commas"
-        )
-    names = [f"bagssl_fast.analyze.{module}" for n, module in known.items() if n in chosen]
-    found: list[Study] = [importlib.import_module(name).STUDY for name in names]
+def studies(claims: Sequence[int]) -> list[Study]:
+    """The studies of the chosen claims, in order."""
+    names = [MODULES[claim - 1] for claim in sorted(set(claims))]
+    found: list[Study] = [
+        importlib.import_module(f"bagssl_fast.analyze.{name}").STUDY for name in names
+    ]
     return found
 
 
@@ -72,18 +64,12 @@ def examine(study: Study, context: Context) -> Result:
     return result
 
 
-def make_context(options: argparse.Namespace) -> Context:
-    """The context that a command line asks for.
-
-    Raises:
-        ValueError: For a number of seeds below one.
-    """
-    if options.seeds < 1:
-        raise ValueError(f"--seeds {options.seeds}: at least one training per setting is expected")
+def make_context(options: Analyze) -> Context:
+    """The context that a command line asks for."""
     base: Config = cli.load(cli.find_recipe(options.config))
     base = replace(
         base,
-        data=options.data or "demo",
+        data=options.data,
         test_data=options.test_data,
         device=options.device,
         threads=options.threads,
@@ -96,11 +82,11 @@ def make_context(options: argparse.Namespace) -> Context:
     return Context(base, options.out, tuple(seeds), options.quick)
 
 
-def describe(options: argparse.Namespace, context: Context, results: Sequence[Result]) -> About:
+def describe(options: Analyze, context: Context, results: Sequence[Result]) -> About:
     """What stands at the head of a report: command, data, seeds, time, machine."""
     flags = [f"--data {Path(context.base.data).name}", f"--seeds {len(context.seeds)}"]
     if options.claims != CLAIMS:
-        flags.append(f"--claims {options.claims}")
+        flags.append(f"--claims {','.join(map(str, options.claims))}")
     if options.config != "analysis":
         flags.append(f"--config {Path(options.config).name}")
     if options.quick:
@@ -108,7 +94,7 @@ def describe(options: argparse.Namespace, context: Context, results: Sequence[Re
     made_on = machine.report()
     made = {path: cost for result in results for path, cost in result.costs.items()}
     return {
-        "command": " ".join(["python -m bagssl_fast.analyze", *flags]),
+        "command": " ".join(["bagssl analyze", *flags]),
         "data": Path(context.base.data).name,
         "recipe": Path(options.config).name,
         "seeds": len(context.seeds),

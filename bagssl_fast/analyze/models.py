@@ -1,7 +1,7 @@
 """Train a model or take the finished one; what a study may ask for (`Context`).
 
 A model's folder is named by a hash of all that decides its weights: the trainer's identity of its
-configuration and the fingerprint of its images. An interrupted training goes on from its own
+configuration and the fingerprint of its images. An interrupted training resumes from its own
 checkpoint, a finished one is used again, by every study and by later analyses.
 """
 
@@ -24,6 +24,7 @@ from bagssl_fast.data import open_source
 from bagssl_fast.distributed import ranks
 from bagssl_fast.evaluation.datasets import Data, open_data
 from bagssl_fast.evaluation.features import random_network
+from bagssl_fast.exits import Stopped
 from bagssl_fast.files import write_atomic
 from bagssl_fast.models import saved
 from bagssl_fast.models.bag_model import BagModel
@@ -39,10 +40,6 @@ DONE = "done.json"
 LOSS_OPTIONS: dict[str, dict[str, Any]] = {"spectral": {"w": 10.0}}
 NORMALIZED = {"emp_ssl", "spectral"}
 TARGET_MOMENTUM = {"byol": 0.99}
-
-
-class Stopped(RuntimeError):
-    """A signal asked a training to stop; its state is on disk."""
 
 
 @dataclass
@@ -132,7 +129,7 @@ class Context:
     def images(self) -> Data:
         """Labeled images for the measurements: a training subset and a test set."""
         if self._data is None:
-            self._data = open_data(self.base)
+            self._data = open_data(self.base, self.base.data)
         return self._data
 
     def run_dir(self, config: Config) -> Path:
@@ -143,7 +140,7 @@ class Context:
         return self.out / "models" / f"{config.loss.name}-{key}"
 
     def train(self, config: Config, label: str = "") -> Path:
-        """Trains a model, goes on with it or finds it finished.
+        """Trains a model, resumes its training or finds it finished.
 
         Args:
             config: From `Context.config`.
@@ -153,7 +150,7 @@ class Context:
             Its run directory, which holds model.safetensors.
 
         Raises:
-            Stopped: If a signal came; calling again goes on.
+            Stopped: If a signal came; calling again resumes.
             Diverged: If the loss is not finite.
         """
         folder = self.run_dir(config)
@@ -168,13 +165,14 @@ class Context:
         with log, contextlib.redirect_stdout(log):
             run = prepare(config, ranks.Ranks(device=self.device))
             try:
-                finished = train(run)
+                train(run)
             except Diverged as error:
                 raise Diverged(f"{label or folder.name}: {error}") from error
+            except Stopped as stop:
+                text = f"stopped in the training of {label or folder.name}"
+                raise Stopped(stop.number, f"{text}; the same command resumes it") from None
             finally:
                 run.loader.close()
-        if not finished:
-            raise Stopped(f"stopped in the training of {label or folder.name}")
         seconds = self.made(folder, started)
         text = json.dumps({"seconds": seconds, "steps": run.step}) + "\n"
         write_atomic(folder / DONE, text.encode())

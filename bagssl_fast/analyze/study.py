@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # One module per claim; each has a STUDY.
 MODULES = ("patches", "aggregation", "mean", "locality", "cooccurrence", "epochs")
-CLAIMS = "1,2,3,4,5,6"
+CLAIMS = tuple(range(1, len(MODULES) + 1))
 Verdict = Literal["holds", "does not hold", "undecided"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 import simplejpeg
@@ -13,6 +14,7 @@ from bagssl_fast._extension import _C
 
 # Pillow's own limit, above which it takes a file for a decompression bomb.
 MAX_PIXELS = 178_956_970
+TWELVE_BITS = 1 << 12
 
 _JPEG_START = b"\xff\xd8\xff"
 _EXIF = b"Exif\x00\x00"
@@ -76,8 +78,16 @@ def _decode_with_pillow(data: memoryview | bytes, max_pixels: int) -> NDArray[np
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """The pixels of a PIL image of any mode, uint8 [H, W, 3]."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # Pillow would clip 16-bit gray at 255.
-        gray = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        # Pillow would clip 16-bit gray at 255. One scale for all images: a guess at the range of
+        # each would change their brightness against each other.
+        pixels = np.asarray(image).astype(np.uint32)
+        if 0 < pixels.max(initial=0) < TWELVE_BITS:
+            warnings.warn(
+                "a 16-bit image uses 12 bits or less (no pixel reaches 4096 of 65535) and becomes "
+                "nearly black, as others may: scale such images to 16 bits and save them again",
+                stacklevel=2,
+            )
+        gray = (pixels >> 8).astype(np.uint8)
         return np.ascontiguousarray(np.repeat(gray[:, :, None], 3, axis=2))
     return np.array(image.convert("RGB"))
 

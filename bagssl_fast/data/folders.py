@@ -18,7 +18,7 @@ from bagssl_fast.data.source import (
 from bagssl_fast.locate import KINDS
 
 
-def open_folder(root: Path, on_error: str) -> Source:
+def open_folder(root: Path, on_error: str, labeled: bool = True) -> Source:
     """A folder tree of image files in the order of their names; class = the file's folder."""
     # Bytes, because names need not be valid in any encoding.
     base = os.fsencode(root)
@@ -39,7 +39,7 @@ def open_folder(root: Path, on_error: str) -> Source:
     if not names:
         raise ValueError(f"{root}: no image files in it; give {KINDS}")
 
-    labels, classes = label_by_text(parents)
+    labels, classes = label_by_text(parents if labeled else [None] * len(names))
     table = NameTable.of(names, prefix=f"{root}{os.sep}")
     kept = check_labels(labels, table, on_error)
     if len(kept) < len(names):

@@ -11,10 +11,10 @@ from bagssl_fast.data import arrays, demo, tars
 from bagssl_fast.data.checks import check_choice
 from bagssl_fast.data.folders import open_folder
 from bagssl_fast.data.source import ON_ERROR, Source
-from bagssl_fast.locate import KINDS, matches, split_suffix
+from bagssl_fast.locate import KINDS, check_one_set, matches, split_suffix
 
 
-def open_source(data: Any, *, labels: Any = None, on_error: str = "raise") -> Source:
+def open_source(data: Any, *, labels: Any = "auto", on_error: str = "raise") -> Source:
     """Opens a data set as it lies on disk or in memory.
 
     Args:
@@ -24,7 +24,8 @@ def open_source(data: Any, *, labels: Any = None, on_error: str = "raise") -> So
             and optional `labels`; the folder of torchvision's CIFAR-10, CIFAR-100 or MNIST. For
             "demo", CIFAR and MNIST a suffix `:train` (default) or `:test` chooses the split. Or a
             uint8 array or tensor [N, H, W, 3 or 1], which is not copied.
-        labels: Class indices for an array in memory, [N].
+        labels: "auto" for those that the data has, "none" to ignore them, or class indices [N] for
+            an array in memory.
         on_error: "raise", or "skip": members beyond the damage of a broken tar and images without
             a label in a labeled set are left out, with a warning.
 
@@ -33,6 +34,15 @@ def open_source(data: Any, *, labels: Any = None, on_error: str = "raise") -> So
         ValueError: If it holds no images or is of no known kind.
     """
     check_choice("on_error", on_error, ON_ERROR)
+    labeled = True
+    if isinstance(labels, str):
+        check_choice("labels", labels, ("auto", "none"))
+        labeled, labels = labels == "auto", None
+    source = _open(data, labels, labeled, on_error)
+    return source if labeled else source.without_labels()
+
+
+def _open(data: Any, labels: Any, labeled: bool, on_error: str) -> Source:
     if isinstance(data, Source):
         return data
     if hasattr(data, "__array__") and not isinstance(data, (str, os.PathLike)):
@@ -40,20 +50,20 @@ def open_source(data: Any, *, labels: Any = None, on_error: str = "raise") -> So
     if labels is not None:
         raise ValueError("labels go with an array in memory; files bring their own")
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
-        return tars.open_tars([Path(path) for path in data], on_error)
+        return tars.open_tars([Path(path) for path in data], on_error, labeled)
     if not isinstance(data, (str, os.PathLike)):
         raise ValueError(f"cannot open a {type(data).__name__}: give {KINDS}")
 
     path, split = split_suffix(os.fspath(data))
     if path == "demo":
         return demo.open_demo(split or "train")
-    return _open_path(path, split, on_error)
+    return _open_path(path, split, labeled, on_error)
 
 
-def _open_path(path: str, split: str | None, on_error: str) -> Source:
+def _open_path(path: str, split: str | None, labeled: bool, on_error: str) -> Source:
     found, where = matches(path), Path(path)
     if found != [path]:
-        return tars.open_tars([Path(match) for match in found], on_error)
+        return tars.open_tars([Path(match) for match in found], on_error, labeled)
     if where.is_dir():
         torchvision = arrays.open_torchvision(where, split or "train")
         if torchvision is not None:
@@ -62,11 +72,14 @@ def _open_path(path: str, split: str | None, on_error: str) -> Source:
         raise ValueError(f"{path}:{split}: only demo, CIFAR and MNIST have splits; give {path}")
     if where.is_dir():
         shards = sorted(where.glob("*.tar"))
-        return tars.open_tars(shards, on_error) if shards else open_folder(where, on_error)
+        if shards:
+            return tars.open_tars(shards, on_error, labeled)
+        check_one_set(path)
+        return open_folder(where, on_error, labeled)
     if where.suffix in (".npy", ".npz"):
         return arrays.open_numpy(where)
     if where.name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip")):
         raise ValueError(f"{path}: compressed archives have no random access; unpack it first")
     if where.suffix == ".tar":
-        return tars.open_tars([where], on_error)
+        return tars.open_tars([where], on_error, labeled)
     raise ValueError(f"{path}: not a data set of a known kind; give {KINDS}")

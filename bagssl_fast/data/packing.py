@@ -19,6 +19,7 @@ from tqdm import tqdm
 from bagssl_fast._extension import _C
 from bagssl_fast.data.decoding import ImageError
 from bagssl_fast.data.source import Source
+from bagssl_fast.locate import check_tar
 
 # Below this short side, halving the colors' resolution would be seen.
 _FULL_CHROMA_BELOW = 128
@@ -75,7 +76,7 @@ def pack(
         ValueError: For arguments out of range.
         ImageError: For an image that cannot be decoded, under on_error="raise".
     """
-    _check(destination, short_side, quality, shard_size, layout, on_error)
+    check(destination, short_side, quality, shard_size, layout, on_error)
     layout = _resolve_layout(source, layout)
     report = Report()
     writer = _ShardWriter(destination, shard_size)
@@ -226,13 +227,15 @@ def _resolve_layout(source: Source, layout: str) -> str:
     return "folder" if named_in_order and all_used else "webdataset"
 
 
-def _check(
+def check(
     destination: Path, short_side: int, quality: int, shard_size: int, layout: str, on_error: str
 ) -> None:
-    if destination.suffix != ".tar":
-        raise ValueError(f"{destination}: the destination's name must end in .tar")
-    if not destination.parent.is_dir():
-        raise FileNotFoundError(f"{destination.parent}: there is no such folder; make it first")
+    """Refuses what `pack` cannot do.
+
+    Raises:
+        ValueError, FileNotFoundError: Naming the argument and what is expected.
+    """
+    check_tar(destination)
     if short_side < 0:
         raise ValueError(f"short_side={short_side}: at least 0 is needed (0 keeps the size)")
     if not 1 <= quality <= 100:

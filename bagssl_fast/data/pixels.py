@@ -16,13 +16,16 @@ from bagssl_fast._extension import _C
 from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image, to_rgb
 
 KINDS = (
-    "uint8 [H, W, 3], [3, H, W] or [H, W], or a batch of such; a PIL image; a path; or a list of "
-    "these, of any sizes"
+    "uint8 [H, W, 3], [3, H, W] or [H, W], or a batch [N, H, W, 3 or 1] or [N, 3 or 1, H, W]; a "
+    "PIL image; a path; or a list of these, of any sizes"
 )
 
 
 def split_images(images: Any) -> Sequence[Any]:
     """One item per image: the rows of a batch, the items of a list, or the one image that it is.
+
+    Three dimensions are always one image: as a stack, three gray images could not be told from one
+    color image.
 
     Raises:
         ValueError: For what is no image and no batch of images.
@@ -35,11 +38,13 @@ def split_images(images: Any) -> Sequence[Any]:
         images = np.asarray(images)
         if images.dtype.kind in "OUS":  # an array of paths or of images, as numpy makes of lists
             return list(images.reshape(-1))
-        if images.ndim == 4:
-            return list(images)
-        # [H, W], [H, W, C] and [C, H, W] are one image, [N, H, W] are gray ones.
-        one = images.ndim == 2 or (images.ndim == 3 and _channels_axis(images) is not None)
-        return [images] if one or images.ndim < 3 else list(images)
+        if images.ndim == 3 and _channels_axis(images) is None:
+            raise ValueError(
+                f"images: got the shape {list(images.shape)}, which is not one image [H, W, 3], "
+                "[3, H, W] or [H, W]; a stack of gray images has a channel axis, [N, H, W, 1]: "
+                "images[..., None]"
+            )
+        return [images] if images.ndim < 4 else list(images)
     if isinstance(images, Sequence) and not isinstance(images, bytes):
         return images
     if isinstance(images, Iterator):

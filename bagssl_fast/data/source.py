@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import warnings
@@ -160,6 +161,12 @@ class Source:
         kinds = f"{len(self.classes)} classes" if self.classes else "no labels"
         return f"<Source of {len(self):,} images, {kinds}>"
 
+    def without_labels(self) -> Source:
+        """The same images, without labels."""
+        other = copy.copy(self)
+        other.labels = other.classes = None
+        return other
+
     def name(self, index: int) -> str:
         """Name of an image, as errors tell it: a path, or shard and member."""
         return self._names[self._check(index)]
@@ -234,7 +241,10 @@ def check_labels(labels: NDArray[np.int64], names: Names, on_error: str) -> NDAr
         f"{names[int(missing[0])]}"
     )
     if on_error == "raise":
-        raise ValueError(f'{text}: label all or none, or leave them out by on_error="skip"')
+        raise ValueError(
+            f'{text}: label all or none, ignore labels (labels="none"), or leave these images out '
+            '(on_error="skip")'
+        )
     warnings.warn(f"{text}: they are left out", stacklevel=3)
     return np.flatnonzero(labels >= 0)
 

@@ -73,7 +73,7 @@ class _Subset:
         return self.names[int(self.kept[index])]
 
 
-def open_tars(paths: Sequence[Path], on_error: str) -> Source:
+def open_tars(paths: Sequence[Path], on_error: str, labeled: bool = True) -> Source:
     """Opens tar shards as one source, in the order given."""
     if not paths:
         raise ValueError("an empty list of tar files: name at least one")
@@ -86,6 +86,8 @@ def open_tars(paths: Sequence[Path], on_error: str) -> Source:
         raise ValueError(f"{paths[0]}: no image files in it")
 
     labels, classes = _merge_classes(indices)
+    if not labeled:
+        labels, classes = np.full_like(labels, -1), []
     names = ShardNames(paths, [index.names for index in indices])
     kept = check_labels(labels, names, on_error)
     shard = np.repeat(np.arange(len(paths), dtype=np.int32), counts)

@@ -114,9 +114,13 @@ def stop() -> None:
 
 
 class StopSignals:
-    """SIGTERM, SIGINT, SIGUSR1 ask the loop to save and stop; a second SIGINT stops at once."""
+    """Signals that ask the loop to save and stop; a second SIGINT stops at once.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    Attributes:
+        received: Number of the signal that came, 0 for none.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 
     def __init__(self) -> None:
         self.received = 0
@@ -125,6 +129,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         with contextlib.suppress(ValueError):  # only the main thread may take signals
             for number in self.SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup
                 self.previous[number] = signal.signal(number, self._take)
         return self
 

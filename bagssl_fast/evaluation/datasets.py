@@ -27,32 +27,48 @@ class Data:
         return self.train.labels is not None and self.test.labels is not None
 
 
-def open_data(config: Config) -> Data:
-    """Finds the images: `test_data`, else the set that the name points to, else a held-out part."""
-    on_error = config.loader.on_error
-    train = open_source(config.data, on_error=on_error)
+def open_data(config: Config, trained_on: str | None) -> Data:
+    """Finds the images: `test_data`, else the set that the name points to, else a held-out part.
+
+    Args:
+        config: Names the images.
+        trained_on: The images that the encoder was trained on, None where that is not known.
+
+    Raises:
+        ValueError, OSError: If they cannot be opened, or their classes differ.
+    """
+    options = {"on_error": config.loader.on_error, "labels": config.labels}
+    train = open_source(config.data, **options)
     limit, test_limit = config.eval.max_train_images, config.eval.max_test_images
     found = config.test_data or find_test_data(config.data)
     generator = torch.Generator().manual_seed(config.seed)
     if found is not None:
-        test = open_source(found, on_error=on_error)
+        test = open_source(found, **options)
         if train.labels is not None and test.labels is not None and train.classes != test.classes:
             raise ValueError(
                 f"{found} has other classes than {config.data}: {test.classes} and "
-                f"{train.classes}; name the right one with --test-data"
+                f"{train.classes}; name the right one with --test_data"
             )
         how = "" if config.test_data else " (found by its name)"
         picked = subset(len(train), limit, generator), subset(len(test), test_limit, generator)
         note = f"trained on {config.data}, tested on {found}{how}"
+        if trained_on != config.data:
+            note = f"probes {note}; encoder trained on {trained_on or 'other images'}"
         return Data(train, picked[0], test, picked[1], note)
     order = torch.randperm(len(train), generator=generator)
     cut = max(1, round(len(train) * config.eval.test_fraction))
     held, kept = order[:cut], order[cut:]
     if len(kept) == 0:
-        raise ValueError(f"{config.data}: {len(train)} images are too few to split; --test-data")
+        raise ValueError(
+            f"{config.data}: {len(train)} image is too few to hold some out for testing; name a "
+            "test set with --test_data"
+        )
+    seen = "the encoder has seen them, without labels"
+    if trained_on != config.data:
+        seen = f"the encoder was trained on {trained_on or 'other images'}"
     note = (
         f"no test set beside {config.data}: {len(held)} of its images are held out from the probes "
-        "(the encoder has seen them, without labels); name a test set with --test-data"
+        f"({seen}); name a test set with --test_data"
     )
     held = held[: test_limit or None].sort().values
     return Data(train, kept[: limit or None].sort().values, train, held, note)

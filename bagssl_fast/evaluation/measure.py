@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bagssl_fast import cli
 from bagssl_fast.config import Config, patch_size
 from bagssl_fast.distributed import ranks
 from bagssl_fast.evaluation.datasets import Data, count, open_data
@@ -35,12 +36,63 @@ from bagssl_fast.terminal import say
 RANK_ROWS = 2048
 
 
-def evaluate(run_dir: str | os.PathLike[str], config: Config | None = None) -> dict[str, Any]:
-    """Evaluates a run and writes eval.json and eval.png into its directory.
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation about to be made.
+
+    Args:
+        run: The run directory.
+        out: Where eval.json and eval.png go.
+        config: The run's configuration, with what overrides it.
+        model: The trained model.
+        step: Its training step.
+        data: The images.
+        device: Where the model runs.
+    """
+
+    run: Path
+    out: Path
+    config: Config
+    model: BagModel
+    step: int
+    data: Data
+    device: torch.device
+
+
+def prepare(
+    run_dir: str | os.PathLike[str],
+    config: Config | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> Evaluation:
+    """Opens all that an evaluation needs; arguments as of `evaluate`.
+
+    Raises:
+        ValueError, OSError: For what the user can put right; nothing is written by then.
+    """
+    run_dir = Path(run_dir)
+    has_config = config is None or (run_dir / "config.yaml").is_file()
+    trained = saved.load_config(run_dir) if has_config else None
+    config = config or trained
+    assert config is not None
+    device = ranks.pick_device(config.device)
+    torch.set_num_threads(config.threads or cores())
+    loaded = saved.load(run_dir, config)
+    data = open_data(config, trained.data if trained else None)
+    model, out = loaded.model.to(device), Path(out or run_dir)
+    return Evaluation(run_dir, out, config, model, loaded.step, data, device)
+
+
+def evaluate(
+    run_dir: str | os.PathLike[str],
+    config: Config | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Evaluates a run and writes eval.json and eval.png, in place of older ones.
 
     Args:
         run_dir: A run directory that `train` made.
         config: Its configuration, to override; by default the one it holds.
+        out: Where the files go; by default the run directory.
 
     Returns:
         What eval.json holds.
@@ -48,40 +100,41 @@ def evaluate(run_dir: str | os.PathLike[str], config: Config | None = None) -> d
     Raises:
         ValueError, OSError: If the directory holds no model or the data cannot be found.
     """
-    started = time.monotonic()
-    run_dir = Path(run_dir)
-    config = config or saved.load_config(run_dir)
-    device = ranks.pick_device(config.device)
-    torch.set_num_threads(config.threads or cores())
-    run = saved.load(run_dir, config)
-    data = open_data(config)
-    say(f"evaluate {run_dir} (step {run.step}) on {device}: {data.note}")
+    return carry_out(prepare(run_dir, config, out))
 
-    networks = {"trained": run.model.to(device)}
+
+def carry_out(this: Evaluation) -> dict[str, Any]:
+    """As `evaluate`, from what `prepare` gave."""
+    started = time.monotonic()
+    config, data = this.config, this.data
+    say(f"evaluate {this.run} (step {this.step}) on {this.device}: {data.note}")
+    networks = {"trained": this.model}
     if config.eval.random:
-        networks["random"] = random_network(config, data.train, device)
-    plan = make_plan(config, run.model, device)
+        networks["random"] = random_network(config, data.train, this.device)
+    plan = make_plan(config, this.model, this.device)
     rows: list[dict[str, Any]] = []
     for name, model in networks.items():
         limit = config.eval.random_patches if name == "random" else max(plan.counts)
         counts = tuple(n for n in plan.counts if n <= limit)
         rows += measure(name, model, config, data, replace(plan, counts=counts))
     result = {
-        "run": str(run_dir),
-        "step": run.step,
+        "run": str(this.run),
+        "step": this.step,
         "train_images": count(data.train, data.train_indices),
         "test_images": count(data.test, data.test_indices),
         "classes": data.train.classes,
-        "settings": asdict(config.eval),
+        "settings": asdict(config.eval) | cli.eval_identity(config),
         "notes": notes(config, data, plan),
         "seconds": round(time.monotonic() - started, 1),
         "results": rows,
     }
+    picture = this.out / "eval.png"
+    picture.unlink(missing_ok=True)  # an old one must not stand beside a new table
     text = json.dumps(result, indent=1) + "\n"
-    write_atomic(run_dir / "eval.json", text.encode())
+    write_atomic(this.out / "eval.json", text.encode())
     say(table(result))
-    say(draw(result, run_dir / "eval.png"))
-    say(f"written  {run_dir / 'eval.json'} after {result['seconds']} s")
+    say(draw(result, picture))
+    say(f"written  {this.out / 'eval.json'} after {result['seconds']} s")
     return result
 
 
@@ -120,7 +173,7 @@ def notes(config: Config, data: Data, plan: Plan) -> list[str]:
         lines.append(
             f"random: the network of seed {config.seed} at initialization, its batch-norm "
             f"statistics averaged over {CALIBRATION_BATCHES} batches of training bags; measured up "
-            f"to {config.eval.random_patches} patches (--random-patches)"
+            f"to {config.eval.random_patches} patches (--random_patches)"
         )
     lines.append(
         f"linear: {config.eval.probe} on standardized features, penalty chosen on held-out "
@@ -130,7 +183,7 @@ def notes(config: Config, data: Data, plan: Plan) -> list[str]:
     if missing:
         lines.append(
             f"left out: bags of {', '.join(map(str, missing))} patches, for which a view of "
-            f"{view_size(config)} pixels has not the room (a patch has {patch_size(config)})"
+            f"{view_size(config)} pixels is too small (a patch has {patch_size(config)})"
         )
     if not data.labeled:
         lines.append(

@@ -118,10 +118,10 @@ class BagEncoder:
 
         Args:
             images: uint8 pixels, neither scaled nor normalized, as numpy arrays or torch tensors:
-                a batch [N, H, W, 3] or [N, 3, H, W], one image ([3, H, W] is one), or a list of
-                images of any sizes; gray is repeated to three channels. PIL images, paths of image
-                files, or lists of them. Or a data set: a `Source`, or the path of anything
-                `open_source` takes.
+                a batch [N, H, W, 3 or 1] or [N, 3 or 1, H, W], one image ([H, W, 3], [3, H, W] or
+                [H, W]), or a list of images of any sizes; gray is repeated to three channels. PIL
+                images, paths of image files, or lists of them. Or a data set: a `Source`, or the
+                path of anything `open_source` takes.
 
         Returns:
             float32 [N, dim] on the CPU, in the order of the images; one image is a batch of one.

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from bagssl_fast.arguments import check_options
 from bagssl_fast.losses.barlow_twins import BarlowTwins
 from bagssl_fast.losses.byol import BYOL
 from bagssl_fast.losses.emp_ssl import EMPSSL
@@ -53,6 +54,7 @@ def build_loss(name: str, **options: Any) -> nn.Module:
     """
     if name not in LOSSES:
         raise ValueError(f"loss {name!r} is none of {', '.join(LOSSES)}")
+    check_options(f"loss {name}", options, LOSSES[name], hidden=("group",))
     try:
         return LOSSES[name](**options)
     except TypeError as error:

@@ -7,10 +7,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bagssl_fast.arguments import check_options
 from bagssl_fast.config import Config, patch_size
 from bagssl_fast.models.backbone import as_dense, check_backbone
 from bagssl_fast.models.encoders import build_encoder
 from bagssl_fast.models.heads import EMPHead, Projector
+
+# Parameters of the heads that have options of their own, or none.
+OWN_OPTIONS = ("in_dim", "hidden", "out", "num_layers")
 
 
 class BagModel(nn.Module):
@@ -167,6 +171,7 @@ def build_model(config: Config, pretrained: bool | None = None) -> BagModel:
         options["num_layers"] = head.num_layers
     else:
         options.setdefault("projector", head.hidden)
+    check_options(f"head {head.name}", head.options, heads[head.name], OWN_OPTIONS)
     try:
         module = heads[head.name](dim, hidden=head.hidden, out=head.out, **options)
     except TypeError as error:

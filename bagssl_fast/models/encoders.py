@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bagssl_fast import ops
+from bagssl_fast.arguments import check_options
 from bagssl_fast.models.patchnet import PatchMLP, PatchNet
 
 # Up to this patch size ResNets get the CIFAR stem (3x3, stride 1, no pooling).
@@ -81,12 +82,19 @@ def build_encoder(
     """
     if patch_size < 1:
         raise ValueError(f"build_encoder: patch_size {patch_size} must be at least 1 pixel")
+    if "in_chans" in options:
+        raise ValueError(
+            f"build_encoder: in_chans {options['in_chans']}: patches have 3 channels, those of "
+            "gray images too; leave it out"
+        )
     if name in ("patchnet", "patchmlp"):
         if pretrained:
             raise ValueError(f"build_encoder: {name} has no published weights; pretrained=False")
         if width is not None:
             options["width"] = width
-        return (PatchNet if name == "patchnet" else PatchMLP)(patch_size, **options)
+        network = PatchNet if name == "patchnet" else PatchMLP
+        check_options(f"encoder {name}", options, network, hidden=("patch_size", "width"))
+        return network(patch_size, **options)
     if width is not None:
         raise ValueError(
             f"build_encoder: width is for patchnet and patchmlp, {name!r} has fixed widths; "
@@ -114,6 +122,8 @@ def _torchvision_resnet(
             f"pixels, which published weights do not fit; pretrained=False or larger patches than "
             f"{patch_size}"
         )
+    hidden = ("block", "layers", "num_classes")
+    check_options(f"encoder {name}", options, models.ResNet, hidden)
     net = getattr(models, name)(weights="DEFAULT" if pretrained else None, **options)
     if small:
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -144,7 +154,12 @@ def _timm_model(
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:
         options.setdefault("img_size", patch_size)
-    net = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    try:
+        net = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except TypeError:
+        network = type(timm.create_model(name, num_classes=0))
+        check_options(f"encoder {name}", options, network, hidden=("in_chans", "num_classes"))
+        raise
     with torch.no_grad():  # the size of its output is the one thing timm names in several ways
         feature_dim = net.eval()(torch.zeros(1, 3, patch_size, patch_size)).shape[-1]
     return ImageBackbone(net.train(), patch_size, feature_dim)

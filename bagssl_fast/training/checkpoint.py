@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bagssl_fast.files import write_atomic
+from bagssl_fast.locate import check_resume, check_run_dir
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step_(\d+)\.pt")
@@ -55,7 +56,7 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({error}); delete it to resume from the one "
-            "before, or start over with --resume never --overwrite true"
+            "before, or start a new run with --resume never --overwrite true"
         ) from error
     if not isinstance(state, dict) or "identity" not in state:
         raise ValueError(f"{path} is not a checkpoint of bagssl_fast.train")
@@ -76,13 +77,11 @@ def find(resume: str, run_dir: Path) -> Path | None:
         return None
     if resume == "auto":
         return latest(run_dir)
+    check_resume(resume)
     path = Path(resume)
-    found = latest(path) if path.is_dir() else path if path.is_file() else None
+    found = latest(path) if path.is_dir() else path
     if found is None:
-        raise ValueError(
-            f"--resume {resume}: no checkpoint there; give a file of a {FOLDER}/ folder, a run "
-            "directory, auto or never"
-        )
+        raise ValueError(f"--resume {resume}: no checkpoint there, {path / FOLDER} is empty")
     return found
 
 
@@ -106,23 +105,12 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 
 
 def open_run_dir(path: Path, resume: str, overwrite: bool) -> None:
-    """Makes the run directory, and refuses one with something in it that nobody asked to touch.
+    """Makes the run directory, emptied under `overwrite`.
 
     Raises:
-        ValueError: If it is not empty and neither `resume` nor `overwrite` is given.
+        ValueError: If it holds what nobody asked to touch.
     """
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--run_dir {path} is a file; name a directory")
-    if path.is_dir() and any(path.iterdir()) and resume == "never":
-        if not overwrite:
-            raise ValueError(
-                f"--run_dir {path} is not empty; --resume auto goes on with it, "
-                "--overwrite true deletes what it holds"
-            )
-        if not (path / "config.yaml").is_file():
-            raise ValueError(
-                f"--overwrite true: {path} holds files but no config.yaml, so it is no run "
-                "directory; delete it yourself or name another"
-            )
+    check_run_dir(path, resume, overwrite)
+    if resume == "never" and path.is_dir():
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from bagssl_fast.data import Batch, ImageBatch
 from bagssl_fast.data.feed import ahead
 from bagssl_fast.distributed.ranks import StopSignals
+from bagssl_fast.exits import Stopped
 from bagssl_fast.training.cuda_graph import Computed, GraphedStep
 from bagssl_fast.training.meter import Meter
 from bagssl_fast.training.optim import learning_rate
@@ -20,14 +23,13 @@ from bagssl_fast.training.reporter import Reporter
 from bagssl_fast.training.run import Run, save
 
 
-def train(run: Run) -> bool:
-    """Trains to the end, or until a signal asks to stop.
-
-    Returns:
-        Whether the end was reached.
+def train(run: Run) -> None:
+    """Trains to the end.
 
     Raises:
+        Stopped: When a signal asked for it; the state is on disk.
         Diverged: When the loss is not finite; the last good state is on disk.
+        ImageError: For a broken image, under on_error="raise".
     """
     config, device, optimizer = run.config, run.ranks.device, run.optimizer
     # Looking at a number makes a GPU wait: there the loss is looked at every few steps only.
@@ -66,13 +68,20 @@ def train(run: Run) -> bool:
                 reporter.report(run.step, meter.record(h, z))
             reporter.advance()
             due = last or (save_every > 0 and run.step % save_every == 0)
-            asked = run.step % check_every == 0 and run.ranks.maximum([stop.received])[0] > 0
+            asked = 0
+            if run.step % check_every == 0:
+                asked = int(run.ranks.maximum([stop.received])[0])
             if due or asked:
                 meter.raise_if_broken(terms, weights=True)
                 save(run)
-            if last or asked:
-                return last
-    return True
+            if last:
+                return
+            if asked:
+                raise Stopped(
+                    asked,
+                    f"stopped by {signal.Signals(asked).name}: {run.run_dir}, step {run.step} of "
+                    f"{run.total_steps}; --resume auto resumes it",
+                )
 
 
 def step(run: Run, patches: Tensor) -> Computed:
@@ -99,10 +108,10 @@ def batches(run: Run) -> Iterator[Batch | ImageBatch]:
     """The batches of the remaining steps, epoch after epoch."""
     first, offset = divmod(run.step, run.steps_per_epoch)
     left = run.total_steps - run.step
-    for epoch in range(first, run.config.epochs):
+    for epoch in itertools.count(first):
+        if left == 0:
+            return
         run.loader.seek(epoch, offset if epoch == first else 0)
-        for batch in run.loader:
-            if left == 0:
-                return
+        for batch in itertools.islice(run.loader, left):
             left -= 1
             yield batch

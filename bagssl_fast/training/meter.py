@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from bagssl_fast.evaluation.quality import collapse
+from bagssl_fast.exits import Failed
 from bagssl_fast.training import checkpoint
 
 if TYPE_CHECKING:
     from bagssl_fast.training.run import Run
 
 
-class Diverged(RuntimeError):
+class Diverged(Failed):
     """The loss is no longer a finite number."""
 
 

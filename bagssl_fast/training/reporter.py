@@ -123,11 +123,7 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _tensorboard(run_dir: Path) -> Writer:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "--tensorboard true needs the package: pip install 'bagssl_fast[tensorboard]'"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     writer: Writer = SummaryWriter(str(run_dir / "tensorboard"))
     return writer

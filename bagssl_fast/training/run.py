@@ -91,9 +91,9 @@ def prepare(config: Config, me: Ranks) -> Run:
             "launches)"
         )
 
-    source = open_source(config.data, on_error=config.loader.on_error)
-    if config.eval.enabled and config.test_data is not None:
-        open_source(config.test_data, on_error=config.loader.on_error)  # to fail now, not then
+    source = open_source(config.data, labels=config.labels, on_error=config.loader.on_error)
+    if config.eval.enabled and config.test_data is not None:  # to fail now, not then
+        open_source(config.test_data, labels=config.labels, on_error=config.loader.on_error)
     images = min(config.max_images or len(source), len(source))
     if images < config.batch_size:
         raise ValueError(
@@ -120,7 +120,6 @@ def prepare(config: Config, me: Ranks) -> Run:
         precision=PRECISIONS[precision],
         total_steps=config.max_steps or config.epochs * len(loader),
     )
-    run.total_steps = min(run.total_steps, config.epochs * len(loader))
     if state is not None:
         restore(run, state)
     if me.is_main:
@@ -213,7 +212,9 @@ def introduce(run: Run, found: Path | None) -> None:
         f"device   {device} x {run.ranks.world_size}, {run.precision}, "
         f"{torch.get_num_threads()} threads"
     )
-    say(f"steps    {run.step} of {run.total_steps} done, {run.steps_per_epoch} per epoch")
+    epochs = f"{run.total_steps / run.steps_per_epoch:.4g} epochs of {run.steps_per_epoch}"
+    by = f" by --max_steps, not {config.epochs} by --epochs" if config.max_steps else ""
+    say(f"steps    {run.step} of {run.total_steps} done: {epochs}{by}")
     say(ops.table())
 
 
