@@ -1,15 +1,17 @@
 #include <pybind11/pybind11.h>
 
 namespace bagssl {
-void register_conv(pybind11::module_& m);    // bindings_conv.cpp
-void register_loader(pybind11::module_& m);  // bindings_loader.cpp
-void register_ops(pybind11::module_& m);     // bindings_ops.cpp
-void register_views(pybind11::module_& m);   // bindings_views.cpp
+void register_conv(pybind11::module_& m);     // bindings_conv.cpp
+void register_loader(pybind11::module_& m);   // bindings_loader.cpp
+void register_ops(pybind11::module_& m);      // bindings_ops.cpp
+void register_sources(pybind11::module_& m);  // bindings_sources.cpp
+void register_views(pybind11::module_& m);    // bindings_views.cpp
 }  // namespace bagssl
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ data path of bagssl_fast.";
   bagssl::register_conv(m);
+  bagssl::register_sources(m);  // before the loader, whose signature names a source
   bagssl::register_loader(m);
   bagssl::register_ops(m);
   bagssl::register_views(m);

@@ -40,14 +40,11 @@ def test_pixels_are_those_of_the_host(source, dtype):
 
 
 def test_views_are_those_of_the_public_draw(source):
-    names = [f.name for f in dataclasses.fields(AUGMENT)]
-    shared = ("size", "interpolation", "blur_kernel", "mean", "std")
-    spec = _C.AugmentSpec(**{n: getattr(AUGMENT, n) for n in names if n not in shared})
     with make(source, views="device", seed=5) as loader:
         batch = next(iter(loader))
     shapes = np.array([source.decode(i).shape[:2] for i in batch.index.tolist()])
     drawn = torch.from_numpy(
-        _C.draw_views([spec], shapes, batch.index.numpy(), patches=3, seed=5, epoch=0)
+        _C.draw_views([AUGMENT], shapes, batch.index.numpy(), patches=3, seed=5, epoch=0)
     )
     assert torch.equal(batch.params[..., 2:], drawn[..., 2:])
     # Boxes count from where the decoded part begins, the same for all patches of an image.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from bagssl_fast.data import Augment, BagLoader
+from bagssl_fast.data import Augment, BagLoader, ImageError, Source
 from bagssl_fast.integrations.data import BagDataset, MultiCropLoader, PatchViews
 
 AUGMENT = Augment(size=8, scale=(0.2, 0.8))
@@ -78,6 +78,18 @@ def test_dataset_is_indexed_like_a_sequence(images):
     assert torch.equal(dataset[-1][0][0], dataset[10][0][0])
     with pytest.raises(IndexError):
         dataset[11]
+
+
+def test_dataset_names_an_image_that_cannot_be_decoded():
+    dataset = BagDataset(Source.from_function(lambda index: b"no image", 3), 2, AUGMENT)
+    with pytest.raises(ImageError, match="image 1: not an image"):
+        dataset[1]
+
+
+@pytest.mark.parametrize("bad", [{"scale": (0.5, 0.2)}, {"interpolation": "nearest"}])
+def test_patch_views_check_their_augments_when_made(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        PatchViews(replace(AUGMENT, **bad))
 
 
 def test_patch_views_are_the_loaders_and_take_either_order_of_dimensions(images):
