@@ -37,7 +37,7 @@ class MultiCropLoader(BagLoader):
         layout: What a batch is: "pair" for (crops, labels), as from a torchvision data set with a
             list of transforms (the scripts of VICReg and EMP-SSL); "lightly" for
             (crops, labels, names); "solo_learn" for [indices, crops, labels].
-        **options: The others of `BagLoader`.
+        **options: The others of `BagLoader`: sampler, order, share, output, decoding, threads.
 
     Raises:
         ValueError: For arguments out of range, and how to fix it.
