@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bagssl_fast.augment import Augment
+
 HAS_JPEG: bool
 HELD_BATCHES: int
 
@@ -55,7 +57,7 @@ class Loader:
         self,
         *,
         source: Source,
-        augments: Sequence[Any],
+        augments: Sequence[Augment],
         patches: int,
         sampler: str,
         dtype: str,
@@ -94,14 +96,9 @@ def conv3x3_dx(
 def conv3x3_dweight(
     x: NDArray[np.float32], dy: NDArray[np.float32], dweight: NDArray[np.float32], num_threads: int
 ) -> None: ...
-
-class AugmentSpec:
-    def __init__(
-        self, *, scale: tuple[float, float] = ..., ratio: tuple[float, float] = ...
-    ) -> None: ...
-
+def check_augment(augment: Augment) -> None: ...
 def draw_views(
-    specs: Sequence[AugmentSpec],
+    augments: Sequence[Augment],
     sizes: NDArray[np.int64],
     images: NDArray[np.int64],
     *,
@@ -110,7 +107,7 @@ def draw_views(
     epoch: int,
 ) -> NDArray[np.float32]: ...
 def grid_views(
-    spec: AugmentSpec, sizes: NDArray[np.int64], *, patches: int
+    augment: Augment, sizes: NDArray[np.int64], *, patches: int
 ) -> NDArray[np.float32]: ...
 def center_views(sizes: NDArray[np.int64]) -> NDArray[np.float32]: ...
 def patch_views(

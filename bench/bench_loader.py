@@ -75,16 +75,15 @@ PEERS = {
 
 
 def ours(job: Job) -> Callable[[], Iterator[Any]]:
-    from bagssl_fast.data import BagLoader, open_source
+    from bagssl_fast.data import BagLoader, Order, Threads, open_source
 
     loader = BagLoader(
         open_source(job.tar),
         batch_size=job.batch_size,
         patches=job.patches,
         augment=job.augment,
-        shuffle=False,
-        drop_last=False,
-        num_threads=job.threads,
+        order=Order(shuffle=False, drop_last=False),
+        threads=Threads(job.threads),
     )
     epoch = iter(range(1 << 40))
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bagssl_fast.augment import Augment
+from bagssl_fast.data import Threads
 from bagssl_fast.integrations.data import MultiCropLoader
 from harness.common import OURS, Report, Timing, arguments, timed
 from harness.memory import peak_memory
@@ -40,7 +41,7 @@ LIGHTLY_TESTS = ("vicreg_loss", "barlow_twins_loss", "vicregl_loss", "emp_ssl_lo
 def crops(source: str, host: Host, batches: int) -> list[list[Tensor]]:
     """A few batches of P crops [B, 3, 16, 16]."""
     augment = Augment(size=PIXELS)
-    loader = MultiCropLoader(source, host.batch, host.patches, augment, num_threads=1)
+    loader = MultiCropLoader(source, host.batch, host.patches, augment, threads=Threads(1))
     made: list[list[Tensor]] = []
     while len(made) < batches:
         for crops, _ in loader:

@@ -1,14 +1,11 @@
 // Drawing tables of view parameters and cutting patches, for numpy arrays.
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "bindings_parse.h"
 #include "patch_views.h"
 #include "philox.h"
 #include "thread_pool.h"
@@ -19,32 +16,7 @@ namespace py = pybind11;
 namespace bagssl {
 namespace {
 
-using Pair = std::array<double, 2>;
 using Triple = std::array<float, 3>;
-
-AugmentSpec make_spec(Pair scale, Pair ratio, double hflip, double brightness, double contrast,
-                      double saturation, double hue, double jitter_prob, double grayscale_prob,
-                      double blur_prob, Pair blur_sigma, double solarize_prob,
-                      double solarize_threshold) {
-  AugmentSpec spec;
-  for (int i = 0; i < 2; ++i) {
-    spec.scale[i] = scale[i];
-    spec.ratio[i] = ratio[i];
-    spec.blur_sigma[i] = blur_sigma[i];
-  }
-  spec.hflip = hflip;
-  spec.brightness = brightness;
-  spec.contrast = contrast;
-  spec.saturation = saturation;
-  spec.hue = hue;
-  spec.jitter_prob = jitter_prob;
-  spec.grayscale_prob = grayscale_prob;
-  spec.blur_prob = blur_prob;
-  spec.solarize_prob = solarize_prob;
-  spec.solarize_threshold = solarize_threshold;
-  check_spec(spec);
-  return spec;
-}
 
 ViewOptions make_options(std::array<int, 2> size, const std::string& interpolation, int blur_kernel,
                          Triple mean, Triple std, const std::string& dtype) {
@@ -56,42 +28,10 @@ ViewOptions make_options(std::array<int, 2> size, const std::string& interpolati
     options.mean[c] = mean[c];
     options.std[c] = std[c];
   }
-  if (interpolation == "bilinear") {
-    options.interp = Interpolation::kBilinear;
-  } else if (interpolation == "bicubic") {
-    options.interp = Interpolation::kBicubic;
-  } else {
-    throw std::invalid_argument("patch_views: interpolation is '" + interpolation +
-                                "'; expected 'bilinear' or 'bicubic'");
-  }
-  if (dtype == "float32") {
-    options.dtype = DType::kFloat32;
-  } else if (dtype == "bfloat16") {
-    options.dtype = DType::kBfloat16;
-  } else if (dtype == "float16") {
-    options.dtype = DType::kFloat16;
-  } else if (dtype == "uint8") {
-    options.dtype = DType::kUint8;
-  } else {
-    throw std::invalid_argument("patch_views: dtype is '" + dtype +
-                                "'; expected 'float32', 'bfloat16', 'float16' or 'uint8'");
-  }
+  options.interp = parse_interpolation(interpolation);
+  options.dtype = parse_dtype(dtype);
   check_options(options);
   return options;
-}
-
-std::string shape_text(const py::array& array) {
-  std::string text = "[";
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
-    text += (i != 0 ? ", " : "") + std::to_string(array.shape(i));
-  }
-  return text + "]";
-}
-
-std::vector<AugmentSpec> slot_specs(const std::vector<AugmentSpec>& specs) {
-  if (specs.empty())
-    throw std::invalid_argument("draw_views: no AugmentSpec; expected one or more");
-  return specs;
 }
 
 using Sizes = py::array_t<int64_t, py::array::c_style>;
@@ -117,10 +57,10 @@ py::array_t<float> fill_table(const char* what, const Sizes& sizes, int64_t patc
   return table;
 }
 
-py::array_t<float> draw_views(const std::vector<AugmentSpec>& specs, const Sizes& sizes,
+py::array_t<float> draw_views(const py::sequence& augments, const Sizes& sizes,
                               const py::array_t<int64_t, py::array::c_style>& images,
                               int64_t patches, uint64_t seed, uint64_t epoch) {
-  slot_specs(specs);
+  const std::vector<AugmentSpec> specs = parse_augments(augments);
   if (images.ndim() != 1 || sizes.ndim() != 2 || images.shape(0) != sizes.shape(0)) {
     throw std::invalid_argument("draw_views: images has shape " + shape_text(images) +
                                 " and sizes " + shape_text(sizes) + "; expected [B] and [B, 2]");
@@ -132,7 +72,8 @@ py::array_t<float> draw_views(const std::vector<AugmentSpec>& specs, const Sizes
   });
 }
 
-py::array_t<float> grid_views(const AugmentSpec& spec, const Sizes& sizes, int64_t patches) {
+py::array_t<float> grid_views(const py::object& augment, const Sizes& sizes, int64_t patches) {
+  const AugmentSpec spec = parse_augment(augment);
   return fill_table("grid_views", sizes, patches, [&](int64_t p, int64_t, int64_t h, int64_t w) {
     return grid_view(spec, h, w, patches, p);
   });
@@ -145,7 +86,7 @@ py::array_t<float> center_views(const Sizes& sizes) {
 
 ImageView image_view(const py::handle& item) {
   if (!py::isinstance<py::array>(item)) {
-    throw std::invalid_argument("patch_views: an image is no numpy array");
+    throw std::invalid_argument("patch_views: an image is not a numpy array");
   }
   const auto array = py::reinterpret_borrow<py::array>(item);
   const bool packed = array.ndim() == 3 && array.shape(2) == 3 && array.strides(2) == 1 &&
@@ -218,22 +159,21 @@ py::array patch_views(const py::sequence& images,
 }  // namespace
 
 void register_views(py::module_& m) {
-  const Pair whole = {1.0, 1.0}, sigma = {0.1, 2.0};
-  py::class_<AugmentSpec>(m, "AugmentSpec",
-                          "The distribution views are drawn from; torchvision's names.")
-      .def(py::init(&make_spec), py::kw_only(), py::arg("scale") = whole, py::arg("ratio") = whole,
-           py::arg("hflip") = 0.0, py::arg("brightness") = 0.0, py::arg("contrast") = 0.0,
-           py::arg("saturation") = 0.0, py::arg("hue") = 0.0, py::arg("jitter_prob") = 0.0,
-           py::arg("grayscale_prob") = 0.0, py::arg("blur_prob") = 0.0,
-           py::arg("blur_sigma") = sigma, py::arg("solarize_prob") = 0.0,
-           py::arg("solarize_threshold") = 128.0);
-  m.def("draw_views", &draw_views, py::arg("specs"), py::arg("sizes"), py::arg("images"),
+  m.def(
+      "check_augment",
+      [](const py::object& augment) {
+        parse_augment(augment);
+        parse_view_options(augment, DType::kFloat32);
+      },
+      py::arg("augment"), "Raises a ValueError naming the first field that makes no sense.");
+  m.def("draw_views", &draw_views, py::arg("augments"), py::arg("sizes"), py::arg("images"),
         py::kw_only(), py::arg("patches"), py::arg("seed"), py::arg("epoch"),
-        "Random views: float32 [patches, B, 16]. specs: list of AugmentSpec, slot p uses "
-        "specs[p % len]; sizes: int64 [B, 2] (height, width); images: int64 [B], the indices in "
+        "Random views: float32 [patches, B, 16]. augments: a sequence of Augment, slot p uses "
+        "augments[p % len]; sizes: int64 [B, 2] (height, width); images: int64 [B], the indices in "
         "the data set.");
-  m.def("grid_views", &grid_views, py::arg("spec"), py::arg("sizes"), py::kw_only(),
-        py::arg("patches"), "n * n boxes of the spec's mean scale: float32 [patches, B, 16].");
+  m.def("grid_views", &grid_views, py::arg("augment"), py::arg("sizes"), py::kw_only(),
+        py::arg("patches"),
+        "n * n boxes of the mean scale of an Augment: float32 [patches, B, 16].");
   m.def("center_views", &center_views, py::arg("sizes"),
         "The central square of each image: float32 [1, B, 16].");
   m.def("patch_views", &patch_views, py::arg("images"), py::arg("params"), py::kw_only(),

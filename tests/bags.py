@@ -1,13 +1,15 @@
 """Small loaders, and how their epochs are compared."""
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from pictures import noise
 from PIL import Image
 
 from bagssl_fast.augment import Augment
-from bagssl_fast.data import BagLoader
+from bagssl_fast.data import BagLoader, Decoding, Order, Output, Share, Threads
 
 AUGMENT = Augment(size=8, blur_kernel=3)
 PLAIN = Augment.none(size=8, scale=(0.3, 0.9), ratio=(0.7, 1.4))
@@ -22,9 +24,21 @@ def write_folder(root: Path) -> Path:
     return root
 
 
+def grouped(**options) -> dict[str, Any]:
+    """Arguments of a BagLoader, those of its records given by the names of their fields."""
+    records = {
+        "order": Order, "share": Share, "output": Output, "decoding": Decoding, "threads": Threads,
+    }  # fmt: skip
+    for argument, record in records.items():
+        names = {field.name for field in fields(record)} & options.keys()
+        if names:
+            options[argument] = record(**{name: options.pop(name) for name in names})
+    return options
+
+
 def make(source, **options) -> BagLoader:
     defaults = {"batch_size": 4, "patches": 3, "augment": AUGMENT, "num_threads": 2}
-    return BagLoader(source, **{**defaults, **options})
+    return BagLoader(source, **grouped(**{**defaults, **options}))
 
 
 def bags(loader: BagLoader) -> dict[int, torch.Tensor]:

@@ -7,10 +7,11 @@ import threading
 import numpy as np
 import pytest
 import torch
+from bags import grouped
 from pictures import jpeg, noise, png, waves
 
 from bagssl_fast.augment import Augment
-from bagssl_fast.data import BagLoader, ImageError, Source, open_source
+from bagssl_fast.data import BagLoader, Decoding, ImageError, Order, Source, open_source
 
 SIZES = [(24, 32), (40, 20), (17, 17), (64, 48)]
 PICTURES = [waves(h, w, seed=i) for i, (h, w) in enumerate(SIZES * 3)]
@@ -18,7 +19,9 @@ PICTURES = [waves(h, w, seed=i) for i, (h, w) in enumerate(SIZES * 3)]
 
 def bags(source, **options) -> dict[int, torch.Tensor]:
     """The bag of each image, by its place in the data set."""
-    with BagLoader(source, 4, 3, Augment(size=8, hflip=0.5), num_threads=3, **options) as loader:
+    with BagLoader(
+        source, 4, 3, Augment(size=8, hflip=0.5), **grouped(num_threads=3, **options)
+    ) as loader:
         return {
             int(i): batch.patches[:, b].clone()
             for batch in loader
@@ -81,7 +84,8 @@ def test_exception_is_told_with_the_name_of_the_image():
 
 def test_exception_is_skipped():
     source = Source.from_function(failing, 12)
-    with BagLoader(source, 4, 2, Augment(size=8), on_error="skip", shuffle=False) as loader:
+    options = {"order": Order(shuffle=False), "decoding": Decoding(on_error="skip")}
+    with BagLoader(source, 4, 2, Augment(size=8), **options) as loader:
         index = torch.cat([batch.index for batch in loader])
         assert index.tolist() == [0, 1, 2, 3, 4, 6, 6, 7, 8, 9, 10, 11]
         assert loader.skipped == [("image 5", "read raised KeyError: 'no such key: größe'")]
@@ -193,11 +197,11 @@ def test_source_outlives_the_name_that_its_function_had():
 def test_interpreter_ends_while_threads_read(end):
     code = (
         "import sys, time\nimport numpy as np\nfrom bagssl_fast.augment import Augment\n"
-        "from bagssl_fast.data import BagLoader, Source\n"
+        "from bagssl_fast.data import BagLoader, Source, Threads\n"
         "def read(index):\n    time.sleep(0.005)\n"
         "    return np.zeros((9 + index, 9, 3), np.uint8)\n"
         "source = Source.from_function(read, 100)\n"
-        "loader = BagLoader(source, 10, 3, Augment(size=8), num_threads=3)\n"
+        "loader = BagLoader(source, 10, 3, Augment(size=8), threads=Threads(3))\n"
         f"iterator = iter(loader)\nnext(iterator)\nprint('end', flush=True)\n{end}\n"
     )
     done = subprocess.run(

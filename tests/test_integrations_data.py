@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from bagssl_fast.data import Augment, BagLoader
+from bagssl_fast.data import Augment, BagLoader, ImageError, Order, Source
 from bagssl_fast.integrations.data import BagDataset, MultiCropLoader, PatchViews
 
 AUGMENT = Augment(size=8, scale=(0.2, 0.8))
@@ -23,7 +23,7 @@ def images(tmp_path):
 
 
 def test_loader_yields_what_a_multi_crop_dataloader_yields(images):
-    options = {"batch_size": 4, "patches": 3, "augment": AUGMENT, "seed": 5}
+    options = {"batch_size": 4, "patches": 3, "augment": AUGMENT, "order": Order(seed=5)}
     expected = [batch.clone() for batch in BagLoader(images, **options)]
     with MultiCropLoader(images, **options) as loader:
         assert len(loader) == 2 and len(loader.dataset) == 11
@@ -36,7 +36,7 @@ def test_loader_yields_what_a_multi_crop_dataloader_yields(images):
 
 
 def test_loader_has_the_layouts_of_lightly_and_solo_learn(images):
-    options = {"batch_size": 4, "patches": 2, "augment": AUGMENT, "shuffle": False}
+    options = {"batch_size": 4, "patches": 2, "augment": AUGMENT, "order": Order(shuffle=False)}
     crops, labels, names = next(iter(MultiCropLoader(images, layout="lightly", **options)))
     assert len(crops) == 2 and len(names) == 4 and all(isinstance(n, str) for n in names)
     index, crops, labels = next(iter(MultiCropLoader(images, layout="solo_learn", **options)))
@@ -62,7 +62,7 @@ def test_loader_resumes_and_begins_epochs_as_bag_loader(images):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_dataset_gives_the_loaders_bags_in_any_worker(images, workers):
-    with BagLoader(images, 11, 3, AUGMENT, shuffle=False, seed=2) as loader:
+    with BagLoader(images, 11, 3, AUGMENT, order=Order(shuffle=False, seed=2)) as loader:
         loader.set_epoch(4)
         expected = next(iter(loader)).clone()
     dataset = BagDataset(images, 3, AUGMENT, seed=2)
@@ -80,8 +80,20 @@ def test_dataset_is_indexed_like_a_sequence(images):
         dataset[11]
 
 
+def test_dataset_names_an_image_that_cannot_be_decoded():
+    dataset = BagDataset(Source.from_function(lambda index: b"no image", 3), 2, AUGMENT)
+    with pytest.raises(ImageError, match="image 1: not an image"):
+        dataset[1]
+
+
+@pytest.mark.parametrize("bad", [{"scale": (0.5, 0.2)}, {"interpolation": "nearest"}])
+def test_patch_views_check_their_augments_when_made(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        PatchViews(replace(AUGMENT, **bad))
+
+
 def test_patch_views_are_the_loaders_and_take_either_order_of_dimensions(images):
-    with BagLoader(images, 11, 3, AUGMENT, shuffle=False, seed=2) as loader:
+    with BagLoader(images, 11, 3, AUGMENT, order=Order(shuffle=False, seed=2)) as loader:
         expected = next(iter(loader)).clone()
     pixels = torch.from_numpy(np.load(images)["images"])
     views = PatchViews(AUGMENT, 3, seed=2)

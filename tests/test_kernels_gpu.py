@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bagssl_fast import ops
 from bagssl_fast.augment import Augment
-from bagssl_fast.data import BagLoader
+from bagssl_fast.data import BagLoader, Output
 from bagssl_fast.data.feed import ahead
 
 pytestmark = pytest.mark.gpu
@@ -232,13 +232,11 @@ def test_bags_cut_on_the_device_are_those_of_the_loader(side):
         "batch_size": 8,
         "patches": 5,
         "augment": Augment(size=16, scale=(0.1, 0.5), solarize_prob=0.5, blur_prob=0.5),
-        "dtype": "uint8",
-        "pin_memory": True,
     }
     device = torch.device("cuda")
     with (
-        BagLoader(images, **options) as host,
-        BagLoader(images, views="device", **options) as sent,
+        BagLoader(images, output=Output("uint8", "host", True), **options) as host,
+        BagLoader(images, output=Output("uint8", "device", True), **options) as sent,
     ):
         for _ in range(2):
             expected = [batch.patches.clone() for batch in host]

@@ -54,16 +54,14 @@ def test_batch_has_the_documented_shape_and_memory(array_source, dtype):
 
 def test_patches_are_those_of_the_public_calls(folder):
     source = open_source(folder)
-    specs = [AUGMENT, PLAIN]
-    fields = [f.name for f in dataclasses.fields(Augment)]
-    names = [n for n in fields if n not in ("size", "interpolation", "blur_kernel", "mean", "std")]
-    with make(source, augment=specs, patches=4, seed=5, drop_last=False) as loader:
+    augments = [AUGMENT, PLAIN]
+    with make(source, augment=augments, patches=4, seed=5, drop_last=False) as loader:
         loader.set_epoch(3)
         got = bags(loader)
     for index in range(len(source)):
         image = source.decode(index)
         table = _C.draw_views(
-            [_C.AugmentSpec(**{n: getattr(a, n) for n in names}) for a in specs],
+            augments,
             np.array([image.shape[:2]]),
             np.array([index]),
             patches=4,
@@ -71,7 +69,7 @@ def test_patches_are_those_of_the_public_calls(folder):
             epoch=3,
         )
         for p in range(4):
-            a = specs[p % 2]
+            a = augments[p % 2]
             patch = _C.patch_views(
                 [image],
                 table[p : p + 1],
@@ -181,6 +179,11 @@ def test_order_is_this_for_ever():
     assert epoch_rows(np.arange(10), 7, 3, True).tolist() == [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
 
 
+def test_large_seeds_have_orders_of_their_own():
+    seeds = [0, 2**63, 2**63 + 1, 2**64 - 2, 2**64 - 1]
+    assert len({tuple(epoch_rows(np.arange(24), seed, 1, True)) for seed in seeds}) == len(seeds)
+
+
 def test_global_generators_are_left_alone(array_source):
     np.random.seed(0)
     torch.manual_seed(0)
@@ -229,7 +232,7 @@ def test_state_of_other_settings_is_refused(array_source):
         make(array_source, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="source was"):
         make(open_source(noise(24, 9, 9))).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"step must be at most 6, .*got 99"):
+    with pytest.raises(ValueError, match="step must be from 0 to 6, got 99"):
         make(array_source).load_state_dict({**state, "step": 99})
     with pytest.raises(ValueError, match=r"no config: use seek\(epoch, step\)"):
         make(array_source).load_state_dict({"epoch": 0, "step": 1})
@@ -264,11 +267,11 @@ def test_seek_ends_the_iteration_before_it(array_source):
 @pytest.mark.parametrize(
     ("epoch", "step", "text"),
     [
-        (-1, 0, "epoch must be at least 0, got -1"),
+        (-1, 0, "epoch must be from 0 to 4294967295, got -1"),
         (1.5, 0, "epoch must be an integer, got 1.5"),
-        (0, -1, "step must be at least 0, got -1"),
+        (0, -1, "step must be from 0 to 6, got -1"),
         (0, True, "step must be an integer, got True"),
-        (0, 7, "step must be at most 6, the batches per epoch, got 7"),
+        (0, 7, "step must be from 0 to 6, got 7"),
     ],
 )
 def test_seek_out_of_range_is_named(array_source, epoch, step, text):
@@ -303,7 +306,7 @@ def test_breaking_out_early_stops_the_threads(array_source):
     next(iterator)
     loader.close()
     assert threads_now() == before
-    with pytest.raises(RuntimeError, match="another one"):
+    with pytest.raises(RuntimeError, match="iterated again, moved by seek, or closed"):
         next(iterator)
 
 
@@ -322,7 +325,7 @@ def test_second_iteration_ends_the_first(array_source):
     with make(array_source) as loader:
         first, second = iter(loader), iter(loader)
         next(second)
-        with pytest.raises(RuntimeError, match="another one"):
+        with pytest.raises(RuntimeError, match="iterated again, moved by seek, or closed"):
             next(first)
         assert len(list(second)) == len(loader) - 1
 
@@ -425,8 +428,8 @@ def test_decoding_pool_after_fork():
 def test_interpreter_ends_while_threads_decode(folder):
     code = (
         "import sys\nfrom bagssl_fast.augment import Augment\n"
-        "from bagssl_fast.data import BagLoader\n"
-        f"loader = BagLoader({str(folder)!r}, 4, 3, Augment(size=8), num_threads=3)\n"
+        "from bagssl_fast.data import BagLoader, Threads\n"
+        f"loader = BagLoader({str(folder)!r}, 4, 3, Augment(size=8), threads=Threads(3))\n"
         "iterator = iter(loader)\nnext(iterator)\nprint('end')\n"
     )
     done = subprocess.run(
@@ -528,21 +531,34 @@ def test_fast_decode_is_close_and_off_by_default(tmp_path):
         ({"batch_size": 25}, r"24 images do not fill one batch.*drop_last=False"),
         ({"num_threads": -1}, "num_threads must be at least 0, got -1"),
         ({"batches_ahead": 0}, "batches_ahead must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"rank": 2, "world_size": 2}, "rank=2 of world_size=2"),
-        ({"sampler": "spiral"}, "sampler='spiral' is unknown: random, grid or center"),
-        ({"sampler": "grid", "patches": 20}, "square number is expected, 16 or 25"),
-        ({"sampler": "center", "patches": 2}, "set 1"),
-        ({"dtype": "float64"}, "dtype='float64' is unknown: float32"),
+        ({"seed": -1}, "seed must be from 0 to 18446744073709551615, got -1"),
+        ({"seed": 2**64}, "seed must be from 0"),
+        ({"shuffle": 3}, "shuffle must be True or False, got 3"),
+        ({"drop_last": None}, "drop_last must be True or False, got None"),
+        ({"pin_memory": "yes"}, "pin_memory must be True or False, got 'yes'"),
+        ({"fast_decode": 2}, "fast_decode must be True or False, got 2"),
+        ({"max_pixels": 0}, "max_pixels must be at least 1, got 0"),
+        ({"order": {"seed": 1}}, r"order must be of type Order, got \{'seed': 1\}"),
+        ({"share": 4}, "share must be of type Share, got 4"),
+        ({"rank": 2, "world_size": 2}, "rank must be less than world_size 2, got 2"),
+        ({"sampler": "spiral"}, "sampler must be one of random, grid, center, got 'spiral'"),
+        ({"sampler": "grid", "patches": 20}, "square number .* got 20: use 16 or 25"),
+        ({"sampler": "center", "patches": 2}, "patches must be 1 with sampler"),
+        ({"dtype": "float64"}, "dtype must be one of float32, .*got 'float64'"),
         ({"on_error": "ignore"}, "on_error must be one of raise, skip, got 'ignore'"),
-        ({"indices": [24]}, "24 images, counted from 0"),
-        ({"indices": []}, "at least one"),
+        ({"indices": [24]}, "indices must be from 0 to 23, .*got 24 to 24"),
+        ({"indices": []}, "at least one integer"),
         ({"augment": ()}, "at least one"),
         ({"augment": (AUGMENT, Augment(size=9))}, r"sizes \[8, 9\]"),
-        ({"augment": dataclasses.replace(AUGMENT, interpolation="cubic")}, "'cubic' is unknown"),
+        (
+            {"augment": dataclasses.replace(AUGMENT, interpolation="cubic")},
+            "one of bilinear, bicubic, got 'cubic'",
+        ),
         ({"augment": dataclasses.replace(AUGMENT, scale=(0.5, 0.2))}, "scale"),
-        ({"augment": dataclasses.replace(AUGMENT, size=0)}, "0"),
-        ({"augment": dataclasses.replace(AUGMENT, blur_kernel=4)}, "4"),
+        ({"augment": dataclasses.replace(AUGMENT, size=0)}, "patch size is 0 x 0"),
+        ({"augment": dataclasses.replace(AUGMENT, size=8.5)}, "size must be an integer, got 8.5"),
+        ({"augment": dataclasses.replace(AUGMENT, blur_kernel=4)}, "blur_kernel is 4"),
+        ({"augment": 8}, "augment must be an Augment or a tuple of at least one, got 8"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
@@ -552,5 +568,5 @@ def test_wrong_argument_is_named(array_source, options, text):
 
 
 def test_set_epoch_counts_from_zero(array_source):
-    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="epoch must be from 0 to 4294967295, got -1"):
         make(array_source).set_epoch(-1)

@@ -172,11 +172,11 @@ def test_command_line_errors_are_one_line(folder, tmp_path, capsys):
     ("options", "text"),
     [
         ({"destination": "out.zip"}, "must end in .tar"),
-        ({"quality": 0}, "quality=0: from 1 to 100"),
-        ({"short_side": -1}, "short_side=-1"),
-        ({"shard_size": -1}, "shard_size=-1"),
-        ({"layout": "lmdb"}, "'lmdb' is unknown"),
-        ({"on_error": "ignore"}, "'ignore' is unknown"),
+        ({"quality": 0}, "quality must be from 1 to 100, got 0"),
+        ({"short_side": -1}, "short_side must be at least 0, got -1"),
+        ({"shard_size": -1}, "shard_size must be at least 0, got -1"),
+        ({"layout": "lmdb"}, "layout must be one of auto, folder, webdataset, got 'lmdb'"),
+        ({"on_error": "ignore"}, "on_error must be one of raise, skip, got 'ignore'"),
     ],
 )
 def test_wrong_argument_is_named(tmp_path, options, text):

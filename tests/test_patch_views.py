@@ -299,7 +299,7 @@ def test_a_blur_wider_than_the_patch_is_an_error_as_in_torchvision() -> None:
 
 BAD_OPTIONS = [
     ({"size": (0, 8)}, "patch size"),
-    ({"interpolation": "nearest"}, "'bilinear' or 'bicubic'"),
+    ({"interpolation": "nearest"}, "one of bilinear, bicubic, got 'nearest'"),
     ({"blur_kernel": 4}, "odd"),
     ({"blur_kernel": -3}, "odd"),
     ({"std": (1, 0, 1)}, "std > 0"),

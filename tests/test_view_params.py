@@ -1,13 +1,15 @@
 """How views are drawn: functions of their keys, with torchvision's distributions."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from view_cases import COLUMN, PLAIN, draw, noise, spec
+from view_cases import COLUMN, PLAIN, augment, draw, noise
 
 from bagssl_fast import _C
+from bagssl_fast.augment import Augment
 
 
 def test_philox_known_answers() -> None:
@@ -28,7 +30,7 @@ def test_a_view_is_a_function_of_its_key() -> None:
     def table(images: list[int], patches: int = 4, seed: int = 7, epoch: int = 1) -> np.ndarray:
         where = sizes[: len(images)]
         return _C.draw_views(
-            [spec()], where, np.array(images), patches=patches, seed=seed, epoch=epoch
+            [augment()], where, np.array(images), patches=patches, seed=seed, epoch=epoch
         )
 
     all_ = table([0, 1, 2, 3, 4, 5])
@@ -52,10 +54,11 @@ def test_changing_a_probability_moves_no_other_draw() -> None:
     assert np.array_equal(a[..., same], b[..., same])
 
 
-def test_slots_take_their_specs_in_turn() -> None:
+def test_slots_take_their_augments_in_turn() -> None:
     sizes, index = np.array([[64, 64]] * 50), np.arange(50)
-    specs = [_C.AugmentSpec(), _C.AugmentSpec(hflip=1, solarize_prob=1, solarize_threshold=77)]
-    table = _C.draw_views(specs, sizes, index, patches=5, seed=0, epoch=0)
+    even = Augment.none()
+    odd = replace(even, hflip=1, solarize_prob=1, solarize_threshold=77)
+    table = _C.draw_views([even, odd], sizes, index, patches=5, seed=0, epoch=0)
     assert (table[0::2, :, 4] == 0).all() and (table[1::2, :, 4] == 1).all()
     assert (table[0::2, :, 12] == 256).all() and (table[1::2, :, 12] == 77).all()
 
@@ -108,7 +111,7 @@ def test_boxes_that_never_fit_become_central() -> None:
 
 def test_grid_and_center_boxes() -> None:
     sizes = np.array([[100, 200], [32, 32], [1, 1]])
-    quarter = _C.AugmentSpec(scale=(0.2, 0.3), hflip=1, jitter_prob=1)
+    quarter = Augment(scale=(0.2, 0.3), hflip=1, jitter_prob=1)
     grid = _C.grid_views(quarter, sizes, patches=9)
     assert grid.shape == (9, 3, 16) and (grid[..., 4:] == np.array(PLAIN[4:])).all()
     assert grid[:, 0, 2:4].tolist() == [[71, 71]] * 9
@@ -122,7 +125,7 @@ def test_grid_and_center_boxes() -> None:
 
 # ------------------------------------------------------------------------------------- the errors
 
-BAD_SPECS = [
+BAD_AUGMENTS = [
     {"scale": (0.5, 0.2)},
     {"scale": (0, 1)},
     {"scale": (0.1, 2)},
@@ -133,24 +136,55 @@ BAD_SPECS = [
     {"blur_sigma": (0, 1)},
     {"jitter_prob": math.nan},
     {"solarize_threshold": 300},
+    {"hue": "strong"},
+    {"scale": 0.25},
+    {"blur_sigma": (0.1, 1, 2)},
 ]
 
 
-@pytest.mark.parametrize("changes", BAD_SPECS, ids=str)
-def test_bad_specs_are_named(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        spec(**changes)
+@pytest.mark.parametrize("changes", BAD_AUGMENTS, ids=str)
+def test_bad_augments_are_named(changes: dict[str, Any]) -> None:
+    sizes = np.array([[20, 30]])
+    for call in (
+        lambda bad: _C.check_augment(bad),
+        lambda bad: _C.draw_views([bad], sizes, np.array([0]), patches=1, seed=0, epoch=0),
+        lambda bad: _C.grid_views(bad, sizes, patches=1),
+    ):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            call(augment(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"size": 0}, "patch size is 0 x 0"),
+        ({"size": 8.5}, "size must be an integer, got 8.5"),
+        ({"interpolation": "nearest"}, "one of bilinear, bicubic, got 'nearest'"),
+        ({"interpolation": None}, "interpolation must be bilinear or bicubic, got None"),
+        ({"blur_kernel": 4}, "blur_kernel is 4"),
+        ({"mean": (0.5, 0.5)}, r"mean must be three numbers, one per channel, got \(0.5, 0.5\)"),
+        ({"std": (1, 0, 1)}, "std > 0"),
+    ],
+)
+def test_bad_patches_of_an_augment_are_named(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        _C.check_augment(augment(**changes))
+
+
+def test_what_is_not_an_augment_is_named() -> None:
+    with pytest.raises(TypeError, match="must be an Augment, got an object of type float"):
+        _C.check_augment(0.5)
 
 
 def test_bad_draws_are_named() -> None:
     sizes, index = np.array([[4, 5]]), np.array([0])
     with pytest.raises(ValueError, match="0 x 5"):
-        _C.draw_views([spec()], np.array([[0, 5]]), index, patches=1, seed=0, epoch=0)
+        _C.draw_views([augment()], np.array([[0, 5]]), index, patches=1, seed=0, epoch=0)
     with pytest.raises(ValueError, match=r"epoch < 2\^32"):
-        _C.draw_views([spec()], sizes, index, patches=1, seed=0, epoch=2**32)
-    with pytest.raises(ValueError, match="no AugmentSpec"):
+        _C.draw_views([augment()], sizes, index, patches=1, seed=0, epoch=2**32)
+    with pytest.raises(ValueError, match="at least one Augment, got none"):
         _C.draw_views([], sizes, index, patches=1, seed=0, epoch=0)
     with pytest.raises(ValueError, match="images has shape"):
-        _C.draw_views([spec()], sizes, np.array([0, 1]), patches=1, seed=0, epoch=0)
+        _C.draw_views([augment()], sizes, np.array([0, 1]), patches=1, seed=0, epoch=0)
     with pytest.raises(ValueError, match="square number"):
-        _C.grid_views(spec(), sizes, patches=8)
+        _C.grid_views(augment(), sizes, patches=8)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bagssl_fast import _C
+from bagssl_fast.augment import Augment
 
 PLAIN = [0, 0, 0, 0, 0, 1, 1, 1, 0, -1, 0, 0, 256, 0, 0, 0]
 NAMES = "top left height width flip brightness contrast saturation hue order gray sigma solarize"
@@ -31,16 +32,16 @@ def view_row(image: np.ndarray, **columns: float) -> np.ndarray:
     return row
 
 
-def spec(**changes: Any) -> _C.AugmentSpec:
+def augment(**changes: Any) -> Augment:
     everything = {
         "scale": (0.05, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "brightness": 0.8,
         "contrast": 0.8, "saturation": 0.8, "hue": 0.4, "jitter_prob": 0.8, "grayscale_prob": 0.2,
         "blur_prob": 0.3, "solarize_prob": 0.2, "solarize_threshold": 100,
     }  # fmt: skip
-    return _C.AugmentSpec(**{**everything, **changes})
+    return Augment(**{**everything, **changes})
 
 
 def draw(images: list[np.ndarray], patches: int, seed: int = 0, **changes: Any) -> np.ndarray:
     sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
     index = np.arange(len(images))
-    return _C.draw_views([spec(**changes)], sizes, index, patches=patches, seed=seed, epoch=0)
+    return _C.draw_views([augment(**changes)], sizes, index, patches=patches, seed=seed, epoch=0)

@@ -29,7 +29,7 @@ from bagssl_fast.analyze.study import Figure, Result, Study, Table, Verdict
 from bagssl_fast.analyze.verdict import Difference, all_of, paired, percent
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import Config, patch_size
-from bagssl_fast.data import BagLoader
+from bagssl_fast.data import BagLoader, Order
 from bagssl_fast.evaluation.probes import linear_probe
 from bagssl_fast.models.bag_model import BagModel
 
@@ -101,9 +101,7 @@ def encode(context: Context, config: Config, model: BagModel, count: int) -> Pat
         patches=GRID * GRID,
         augment=Augment.none(patch_size(config), a.mean, a.std, (SIDE**2, SIDE**2), (1.0, 1.0)),
         sampler="grid",
-        shuffle=False,
-        drop_last=False,
-        indices=indices.numpy(),
+        order=Order(shuffle=False, drop_last=False, indices=indices.numpy()),
     ) as loader:
         for batch in loader:
             bags = batch.patches.to(context.device)

@@ -6,6 +6,7 @@ from bagssl_fast.data.decoding import MAX_PIXELS, ImageError
 from bagssl_fast.data.folders import open_files
 from bagssl_fast.data.loader import BagLoader
 from bagssl_fast.data.open import open_source
+from bagssl_fast.data.settings import Decoding, Order, Output, Share, Threads
 from bagssl_fast.data.source import Source
 
 __all__ = [
@@ -13,9 +14,14 @@ __all__ = [
     "Augment",
     "BagLoader",
     "Batch",
+    "Decoding",
     "ImageBatch",
     "ImageError",
+    "Order",
+    "Output",
+    "Share",
     "Source",
+    "Threads",
     "open_files",
     "open_source",
 ]

@@ -82,18 +82,16 @@ class ImageBatch:
         return replace(self, images=ops.RaggedImages(*images), params=params)
 
 
-def device_options(augments: Sequence[Augment], views: str, dtype: str) -> dict[str, Any]:
+def device_options(augments: Sequence[Augment], dtype: str) -> dict[str, Any]:
     """What `ops.patch_views` is given beside images and views.
 
     Raises:
-        ValueError: If `views` is unknown, or slots differ in what is not part of a view.
+        ValueError: If slots differ in what is not part of a view.
     """
-    if views != "device":
-        raise ValueError(f'views={views!r} is unknown: "host" or "device"')
     if differing(augments):
         raise ValueError(
-            "augment: the entries differ in interpolation, blur_kernel, mean or std, and "
-            'views="device" cuts all slots in one call: make them equal, or take views="host"'
+            "augment: the entries differ in interpolation, blur_kernel, mean or std, but "
+            'views="device" cuts all slots in one call: make them equal or use views="host"'
         )
     first = augments[0]
     kernel = first.blur_kernel or _C.auto_blur_kernel(first.size, first.size)

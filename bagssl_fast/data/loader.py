@@ -1,8 +1,7 @@
-"""BagLoader: batches of bags of patches, made ahead by C++ threads."""
+"""BagLoader: batches of bags of patches, made in advance by C++ threads."""
 
 from __future__ import annotations
 
-import os
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -11,56 +10,45 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from numpy.typing import NDArray
 
 from bagssl_fast._extension import _C
 from bagssl_fast.augment import Augment
-from bagssl_fast.data.batch import DTYPES, TABLE, Batch, ImageBatch, device_options
-from bagssl_fast.data.checks import check_choice, check_integer
-from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image
+from bagssl_fast.data.batch import Batch, ImageBatch
+from bagssl_fast.data.checks import check_choice, check_integer, check_type
+from bagssl_fast.data.decoding import ImageError, decode_image
 from bagssl_fast.data.open import open_source
 from bagssl_fast.data.order import batch_ends, epoch_rows, num_batches
-from bagssl_fast.data.source import ON_ERROR, Source
-from bagssl_fast.ops import RaggedImages
+from bagssl_fast.data.ring import Ring
+from bagssl_fast.data.settings import Decoding, Order, Output, Share, Threads
+from bagssl_fast.data.source import Source
+
+LAST_EPOCH = 2**32 - 1  # a view is drawn from 32 bits of it
 
 
 class BagLoader:
-    """Batches of bags: each image is decoded once and its P patches are cut while it is hot.
+    """Batches of bags: each image is decoded once and its P patches are cut while it is in cache.
 
-    A bag depends on (seed, epoch, place in the data set, patch) and a batch on (seed, epoch, step)
+    A bag depends on (seed, epoch, index of the image, patch) and a batch on (seed, epoch, step)
     only: the same for any number of threads, after resuming, and, over all ranks together, for any
-    world size. Iterating makes one epoch; the next one begins where that ended. A batch's memory is
-    used again after two more batches were taken: keep it longer by `Batch.clone`.
+    world size. Iterating makes one epoch; the next iteration makes the next one. A batch's memory
+    is reused after two more batches: keep a batch longer by `Batch.clone`.
 
     Args:
         source: A `Source`, or what `open_source` takes.
         batch_size: Images per batch and rank.
         patches: P, patches per image.
         augment: How patches are made; of a tuple, slot p uses entry p % len.
-        sampler: "random" draws views; "grid" takes P = n * n even places at the mean scale,
-            "center" (P = 1) the central square; neither of these two augments.
-        shuffle: A new order each epoch, a function of (seed, epoch).
-        drop_last: Leave out the last images where they do not fill a batch on every rank. Otherwise
-            they are dealt out evenly, and ranks may get batches of unequal size, even empty ones.
-        seed: Of order and bags; at least 0.
-        dtype: Of the patches: float32, bfloat16, float16, or uint8 (not normalized).
-        num_threads: 0 = the CPUs of this process, divided among the node's ranks, less one for a
-            consumer that computes on the CPU.
-        batches_ahead: Batches made in advance.
-        rank: This process' place among `world_size`.
-        world_size: Processes that share each global batch of `batch_size * world_size` images.
-        on_error: "raise" for a bad image; "skip" takes the next good one of the data set instead
-            and lists the bad one in `skipped`.
-        pin_memory: Batches in page-locked memory, for copies to a GPU; nothing without CUDA.
-        indices: Places in the data set to use; all by default.
-        max_pixels: Larger images count as bad, before memory is set aside for them.
-        views: Where patches are cut: "host" (by the threads), or "device": batches then are
-            `ImageBatch`, and `batch.to(device).patches` cuts there. The views are the same.
-        fast_decode: Decode JPEG at 1/2, 1/4 or 1/8 where every patch of an image needs no more
-            pixels than that. Faster on large files, but pixels and crop edges change slightly.
+        sampler: "random" draws views; "grid" takes P = n * n boxes spread evenly, of the mean
+            scale; "center" (P = 1) takes the central square. The last two do not augment.
+        order: Shuffling, seed, choice of images: `Order(shuffle, drop_last, seed, indices)`.
+        share: Distributed training: `Share(rank, world_size)`.
+        output: Type and place of the patches: `Output(dtype, views, pin_memory)`.
+        decoding: Bad images, limits, speed: `Decoding(on_error, max_pixels, fast_decode)`.
+        threads: Work in the background: `Threads(num_threads, batches_ahead)`.
 
     Attributes:
+        num_threads: Threads in use.
         data_wait: Seconds that the consumer has waited for batches so far.
 
     Raises:
@@ -74,126 +62,65 @@ class BagLoader:
         patches: int = 20,
         augment: Augment | Sequence[Augment] | None = None,
         sampler: str = "random",
-        shuffle: bool = True,
-        drop_last: bool = True,
-        seed: int = 0,
-        dtype: str = "float32",
-        num_threads: int = 0,
-        batches_ahead: int = 2,
-        rank: int = 0,
-        world_size: int = 1,
-        on_error: str = "raise",
-        pin_memory: bool = False,
-        indices: ArrayLike | None = None,
-        max_pixels: int = MAX_PIXELS,
-        views: str = "host",
-        fast_decode: bool = False,
+        order: Order = Order(),
+        share: Share = Share(),
+        output: Output = Output(),
+        decoding: Decoding = Decoding(),
+        threads: Threads = Threads(),
     ) -> None:
+        check_integer("batch_size", batch_size, 1)
+        check_sampler(sampler, patches)
+        for name, value, record in (
+            ("order", order, Order),
+            ("share", share, Share),
+            ("output", output, Output),
+            ("decoding", decoding, Decoding),
+            ("threads", threads, Threads),
+        ):
+            check_type(name, value, record)
         self.source = open_source(source)
-        augment = Augment() if augment is None else augment
-        self.augments = (augment,) if isinstance(augment, Augment) else tuple(augment)
+        self.augments = as_augments(augment)
         self.batch_size, self.patches, self.sampler = batch_size, patches, sampler
-        self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
-        self.rank, self.world_size = rank, world_size
-        check_choice("on_error", on_error, ON_ERROR)
-        self._check_arguments(dtype, num_threads, batches_ahead, max_pixels)
-        self._options = None if views == "host" else device_options(self.augments, views, dtype)
-        self._indices = self._check_indices(indices)
-        self._len = num_batches(len(self._indices), batch_size * world_size, drop_last)
+        self.order, self.share, self.output = order, share, output
+        self.decoding, self.threads = decoding, threads
+        self.num_threads = threads.resolve()
+        self.data_wait = 0.0
+        self._indices = choose_images(order, self.source)
+        images, world_size = len(self._indices), share.world_size
+        self._len = num_batches(images, batch_size * world_size, order.drop_last)
         if self._len == 0:
             raise ValueError(
-                f"{len(self._indices)} images do not fill one batch of batch_size {batch_size} x "
-                f"world_size {world_size}: lower batch_size or set drop_last=False"
+                f"{images} images do not fill one batch of batch_size {batch_size} x world_size "
+                f"{world_size}: use a smaller batch_size or Order(drop_last=False)"
             )
-        self.num_threads = num_threads or auto_threads()
-        self.data_wait = 0.0
-
-        size = self.augments[0].size
-        self._shape = (size, size, 3)
-        self._pinned = pin_memory and torch.cuda.is_available()
-        ring = range(batches_ahead + _C.HELD_BATCHES)
-        if self._options is None:
-            count, kind = patches * batch_size * size * size * 3, DTYPES[dtype]
-        else:
-            count, kind = batch_size * (patches * 64 + 16), torch.uint8  # tables of views
-        self._slots = [torch.empty(count, dtype=kind, pin_memory=self._pinned) for _ in ring]
-        self._pixels = [torch.empty(0, dtype=torch.uint8) for _ in ring]  # grow as images come
-        self._native: _C.Loader | None = _C.Loader(
-            source=self.source.native,
-            augments=self.augments,
-            patches=patches,
-            sampler=sampler,
-            dtype=dtype,
-            seed=seed,
-            threads=self.num_threads,
-            batches_ahead=batches_ahead,
-            skip_bad=on_error == "skip",
-            dct_scaling=fast_decode,
-            max_pixels=max_pixels,
-            cut=self._options is None,
-            slots=[slot.data_ptr() for slot in self._slots],
-            subset=np.unique(self._indices),
-            decoder=decode_image,
-            owner=(self._slots, self._pixels),
-        )
+        self._ring = Ring(batch_size, patches, self.augments, output, threads.batches_ahead)
+        self._native: _C.Loader | None = self._make_native()
         # Ends the threads before the interpreter, whose lock they may need, is gone.
         self._finalizer = weakref.finalize(self, self._native.stop)
         self._epoch = 0
         self._step = 0  # batches of this epoch that were taken
-        self._begin = 0  # where the next iteration starts: 0 unless a state was loaded
+        self._begin = 0  # where the next iteration starts: 0 unless `seek` chose another step
         self._iteration = 0
 
-    def _check_arguments(
-        self, dtype: str, num_threads: int, batches_ahead: int, max_pixels: int
-    ) -> None:
-        least = {
-            "batch_size": (self.batch_size, 1),
-            "patches": (self.patches, 1),
-            "batches_ahead": (batches_ahead, 1),
-            "num_threads": (num_threads, 0),
-            "seed": (self.seed, 0),
-            "world_size": (self.world_size, 1),
-            "max_pixels": (max_pixels, 1),
-        }
-        for name, (value, bound) in least.items():
-            check_integer(name, value, bound)
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(
-                f"rank={self.rank} of world_size={self.world_size}: ranks count from 0"
-            )
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is unknown: {', '.join(DTYPES)}")
-        if not self.augments or not all(isinstance(a, Augment) for a in self.augments):
-            raise ValueError("augment: one Augment or a tuple of at least one is expected")
-        if len({a.size for a in self.augments}) > 1:
-            sizes = [a.size for a in self.augments]
-            raise ValueError(f"augment: sizes {sizes}; all patches of a bag have one size")
-        if self.sampler not in ("random", "grid", "center"):
-            raise ValueError(f"sampler={self.sampler!r} is unknown: random, grid or center")
-        root = round(self.patches**0.5)
-        if self.sampler == "grid" and root * root != self.patches:
-            raise ValueError(
-                f'patches={self.patches} with sampler="grid": a square number is expected, '
-                f"{root * root} or {(root + 1) ** 2}"
-            )
-        if self.sampler == "center" and self.patches != 1:
-            raise ValueError(f'patches={self.patches} with sampler="center": there is one, set 1')
-
-    def _check_indices(self, indices: ArrayLike | None) -> NDArray[np.int64]:
-        if indices is None:
-            return np.arange(len(self.source), dtype=np.int64)
-        chosen = np.asarray(indices)
-        if chosen.ndim != 1 or len(chosen) == 0 or chosen.dtype.kind not in "iu":
-            raise ValueError(
-                f"indices of shape {list(chosen.shape)} and type {chosen.dtype}: a list of at "
-                "least one whole number is expected"
-            )
-        if chosen.min() < 0 or chosen.max() >= len(self.source):
-            raise ValueError(
-                f"indices from {chosen.min()} to {chosen.max()}: the source has "
-                f"{len(self.source)} images, counted from 0"
-            )
-        return chosen.astype(np.int64)
+    def _make_native(self) -> _C.Loader:
+        return _C.Loader(
+            source=self.source.native,
+            augments=self.augments,
+            patches=self.patches,
+            sampler=self.sampler,
+            dtype=self.output.dtype,
+            seed=self.order.seed,
+            threads=self.num_threads,
+            batches_ahead=self.threads.batches_ahead,
+            skip_bad=self.decoding.on_error == "skip",
+            dct_scaling=self.decoding.fast_decode,
+            max_pixels=self.decoding.max_pixels,
+            cut=self._ring.options is None,
+            slots=[slot.data_ptr() for slot in self._ring.slots],
+            subset=np.unique(self._indices),
+            decoder=decode_image,
+            owner=self._ring,
+        )
 
     def __len__(self) -> int:
         """Batches of an epoch, the same on every rank."""
@@ -203,63 +130,49 @@ class BagLoader:
         native = self._open_native()
         self._iteration += 1
         self._step, self._begin = self._begin, 0
-        rows = epoch_rows(self._indices, self.seed, self._epoch, self.shuffle)
+        order, share = self.order, self.share
+        rows = epoch_rows(self._indices, order.seed, self._epoch, order.shuffle)
         rows, ends = batch_ends(
-            rows, self._len, self.batch_size, self.rank, self.world_size, self.drop_last
+            rows, self._len, self.batch_size, share.rank, share.world_size, order.drop_last
         )
         native.start(self._epoch, rows, ends, self._step)
         return _Epoch(self, native, self._iteration)
 
     def _take(self, native: _C.Loader, iteration: int) -> Batch | ImageBatch:
         if self._iteration != iteration:
-            raise RuntimeError("this iteration ended when another one of its loader began")
+            raise RuntimeError(
+                "this iteration ended: its loader was iterated again, moved by seek, or closed"
+            )
         begin = time.perf_counter()
         taken = native.next()
         self.data_wait += time.perf_counter() - begin
         if taken is None:
             self._epoch, self._step = self._epoch + 1, 0
             raise StopIteration
-        batch = self._wrap(*taken)
+        slot, index, pixel_bytes, bad, reason = taken
+        if bad >= 0:
+            raise ImageError(self.source.name(bad), reason)
+        batch = self._wrap(native, slot, index, pixel_bytes)
         self._step += 1
         return batch
 
     def _wrap(
-        self, slot: int, index: NDArray[np.int64], pixels: int, bad: int, reason: str
+        self, native: _C.Loader, slot: int, index: NDArray[np.int64], pixel_bytes: int
     ) -> Batch | ImageBatch:
-        if bad >= 0:
-            raise ImageError(self.source.name(bad), reason)
-        if self.source.labels is None:
-            labels = torch.full((len(index),), -1, dtype=torch.int64)
-        else:
-            labels = torch.from_numpy(self.source.labels[index])
-        rest = (labels, torch.from_numpy(index))
-        if self._options is not None:
-            images, params = self._images(slot, len(index), pixels)
-            return ImageBatch(images, params, *rest, self._options)
-        shape = (self.patches, len(index), *self._shape)
-        flat = self._slots[slot][: int(np.prod(shape))]
-        return Batch(flat.view(shape).permute(0, 1, 4, 2, 3), *rest)
-
-    def _images(self, slot: int, rows: int, pixels: int) -> tuple[RaggedImages, Tensor]:
-        """The images and the views of a batch: views of the slot's memory."""
-        if pixels > len(self._pixels[slot]):
-            roomy = torch.empty(pixels + pixels // 8, dtype=torch.uint8, pin_memory=self._pinned)
-            self._open_native().move_pixels(slot, roomy.data_ptr(), len(roomy))
-            self._pixels[slot] = roomy
-        ends = np.cumsum([self.patches * rows * 64, rows * 8, rows * 4, rows * 4]).tolist()
-        params, offsets, heights, widths = (
-            self._slots[slot][begin:end].view(kind)
-            for begin, end, kind in zip([0, *ends], ends, TABLE, strict=False)
-        )
-        images = RaggedImages(self._pixels[slot][:pixels], offsets, heights, widths)
-        return images, params.view(self.patches, rows, 16)
+        known = self.source.labels
+        labels = np.full(len(index), -1, np.int64) if known is None else known[index]
+        rest = (torch.from_numpy(labels), torch.from_numpy(index))
+        if self._ring.options is None:
+            return Batch(self._ring.patches(slot, len(index)), *rest)
+        images, params = self._ring.images(slot, len(index), pixel_bytes, native)
+        return ImageBatch(images, params, *rest, self._ring.options)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next iteration, from 0.
 
         In the epoch that `seek` or `load_state_dict` chose, the step they chose is kept.
         """
-        check_integer("epoch", epoch, least=0)
+        check_integer("epoch", epoch, 0, LAST_EPOCH)
         if epoch != self._epoch:
             self._epoch, self._step, self._begin = epoch, 0, 0
 
@@ -273,10 +186,8 @@ class BagLoader:
         Raises:
             ValueError: For an epoch or a step out of range.
         """
-        check_integer("epoch", epoch, least=0)
-        check_integer("step", step, least=0)
-        if step > len(self):
-            raise ValueError(f"step must be at most {len(self)}, the batches per epoch, got {step}")
+        check_integer("epoch", epoch, 0, LAST_EPOCH)
+        check_integer("step", step, 0, len(self))
         if self._native is not None:
             self._native.stop()
         self._iteration += 1
@@ -319,13 +230,13 @@ class BagLoader:
         return {
             "source": self.source.fingerprint,
             "images": str(len(self._indices)),
-            "global_batch": str(self.batch_size * self.world_size),
+            "global_batch": str(self.batch_size * self.share.world_size),
             "patches": str(self.patches),
             "augment": str([asdict(augment) for augment in self.augments]),
             "sampler": self.sampler,
-            "shuffle": str(self.shuffle),
-            "drop_last": str(self.drop_last),
-            "seed": str(self.seed),
+            "shuffle": str(self.order.shuffle),
+            "drop_last": str(self.order.drop_last),
+            "seed": str(self.order.seed),
         }
 
     def close(self) -> None:
@@ -334,7 +245,7 @@ class BagLoader:
             self._last_skipped = self._native.skipped
             self._finalizer()
             self._native = None
-            self._slots, self._pixels = [], []
+            del self._ring
             self._iteration += 1
 
     def __enter__(self) -> BagLoader:
@@ -378,7 +289,50 @@ class _Epoch:
         self.close()
 
 
-def auto_threads() -> int:
-    """Threads for num_threads=0."""
-    cpus = _C.available_cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, cpus if torch.cuda.is_available() else cpus - 1)
+def as_augments(augment: Augment | Sequence[Augment] | None) -> tuple[Augment, ...]:
+    """The augmentations of a loader's slots, all of one patch size.
+
+    Raises:
+        ValueError: If there is none, if one makes no sense, or if their sizes differ.
+    """
+    augment = Augment() if augment is None else augment
+    augments = tuple(augment) if isinstance(augment, Sequence) else (augment,)
+    if not augments or not all(isinstance(entry, Augment) for entry in augments):
+        raise ValueError(f"augment must be an Augment or a tuple of at least one, got {augment!r}")
+    for entry in augments:
+        _C.check_augment(entry)
+    sizes = [entry.size for entry in augments]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"augment: all patches of a bag must have one size, got sizes {sizes}")
+    return augments
+
+
+def check_sampler(sampler: str, patches: int) -> None:
+    """Raises a ValueError unless the sampler is known and makes so many patches."""
+    check_integer("patches", patches, 1)
+    check_choice("sampler", sampler, ("random", "grid", "center"))
+    root = round(patches**0.5)
+    if sampler == "grid" and root * root != patches:
+        raise ValueError(
+            f'patches must be a square number with sampler="grid", got {patches}: use '
+            f"{root * root} or {(root + 1) ** 2}"
+        )
+    if sampler == "center" and patches != 1:
+        raise ValueError(f'patches must be 1 with sampler="center", got {patches}')
+
+
+def choose_images(order: Order, source: Source) -> NDArray[np.int64]:
+    """The indices of the images to use.
+
+    Raises:
+        ValueError: If the source does not have all of them.
+    """
+    if order.indices is None:
+        return np.arange(len(source), dtype=np.int64)
+    chosen = np.asarray(order.indices)
+    if chosen.min() < 0 or chosen.max() >= len(source):
+        raise ValueError(
+            f"indices must be from 0 to {len(source) - 1}, as the source has {len(source)} images, "
+            f"got {chosen.min()} to {chosen.max()}"
+        )
+    return chosen.astype(np.int64)

@@ -16,7 +16,9 @@ def epoch_rows(
     """
     if not shuffle:
         return indices
-    keys = np.random.Philox(key=[seed, epoch]).random_raw(len(indices))
+    # As uint64: of a list with an entry from 2^63 on, numpy would make rounded floats.
+    key = np.array([seed, epoch], np.uint64)
+    keys = np.random.Philox(key=key).random_raw(len(indices))
     return indices[np.argsort(keys, kind="stable")]
 
 
@@ -36,8 +38,8 @@ def batch_ends(
     """A rank's rows of every global batch, one after the other, and where each batch ends.
 
     Global batch b is rows [b * G, (b + 1) * G), G = batch_size * world_size, and the ranks' parts
-    follow each other in it. What does not fill the last one is dealt out as evenly as it goes, so
-    that every rank makes the same number of steps.
+    follow each other in it. A last batch that is not full is divided as evenly as possible, so that
+    every rank makes the same number of steps.
     """
     whole = len(rows) // (batch_size * world_size)
     full = rows[: whole * batch_size * world_size].reshape(whole, world_size, batch_size)

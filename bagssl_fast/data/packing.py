@@ -17,8 +17,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from bagssl_fast._extension import _C
+from bagssl_fast.data.checks import check_choice, check_integer
 from bagssl_fast.data.decoding import ImageError
-from bagssl_fast.data.source import Source
+from bagssl_fast.data.source import ON_ERROR, Source
 from bagssl_fast.locate import check_tar
 
 # Below this short side, halving the colors' resolution would be seen.
@@ -236,13 +237,8 @@ def check(
         ValueError, FileNotFoundError: Naming the argument and what is expected.
     """
     check_tar(destination)
-    if short_side < 0:
-        raise ValueError(f"short_side={short_side}: at least 0 is needed (0 keeps the size)")
-    if not 1 <= quality <= 100:
-        raise ValueError(f"quality={quality}: from 1 to 100")
-    if shard_size < 0:
-        raise ValueError(f"shard_size={shard_size}: at least 0 is needed (0 makes one shard)")
-    if layout not in ("auto", "folder", "webdataset"):
-        raise ValueError(f'layout={layout!r} is unknown: "auto", "folder" or "webdataset"')
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error={on_error!r} is unknown: "raise" or "skip"')
+    check_integer("short_side", short_side, 0)
+    check_integer("quality", quality, 1, 100)
+    check_integer("shard_size", shard_size, 0)
+    check_choice("layout", layout, ("auto", "folder", "webdataset"))
+    check_choice("on_error", on_error, ON_ERROR)

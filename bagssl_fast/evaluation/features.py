@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import Config, patch_size
-from bagssl_fast.data import BagLoader, Source
+from bagssl_fast.data import BagLoader, Decoding, Order, Output, Source, Threads
 from bagssl_fast.models.backbone import as_dense, is_dense
 from bagssl_fast.models.bag_model import BagModel, build_model
 from bagssl_fast.models.heads import Projector
@@ -262,12 +262,12 @@ def _batches(
         patches=max(count, 1),
         augment=plain,
         sampler=kind,
-        shuffle=False,
-        drop_last=False,
-        num_threads=plan.num_threads,
-        on_error=plan.on_error,
-        indices=None if indices is None else indices.numpy(),
-        pin_memory=plan.device.type == "cuda",
+        order=Order(
+            shuffle=False, drop_last=False, indices=None if indices is None else indices.numpy()
+        ),
+        output=Output(pin_memory=plan.device.type == "cuda"),
+        decoding=Decoding(plan.on_error),
+        threads=Threads(plan.num_threads),
     ) as loader:
         for batch in tqdm(loader, kind, leave=False, disable=not sys.stderr.isatty()):
             yield batch.patches.to(plan.device), batch.labels
@@ -310,8 +310,8 @@ def random_network(config: Config, source: Source, device: torch.device) -> BagM
         batch_size=min(config.batch_size, len(source)),
         patches=config.bag.patches,
         augment=config.augment if odd is None else (config.augment, odd),
-        seed=config.seed,
-        on_error=config.loader.on_error,
+        order=Order(seed=config.seed),
+        decoding=Decoding(config.loader.on_error),
     ) as loader:
 
         def bags() -> Iterator[Tensor]:

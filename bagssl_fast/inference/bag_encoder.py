@@ -167,8 +167,7 @@ class BagEncoder:
         elif is_dense(self.model.backbone):
             table, size = _C.center_views(sizes), view_size(self.config)
         else:
-            spec = _C.AugmentSpec(scale=crop.scale, ratio=crop.ratio)
-            table = _C.grid_views(spec, sizes, patches=count)
+            table = _C.grid_views(crop, sizes, patches=count)
         cut = _C.patch_views(
             arrays,
             table,

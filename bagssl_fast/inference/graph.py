@@ -43,7 +43,7 @@ class PatchGraph(nn.Module):
         self.register_buffer("scale", 1 / (255 * torch.tensor(crop.std).view(3, 1, 1)))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """uint8 `[P, B, 3, h, w]`, as `BagLoader(dtype="uint8")` gives them -> `[B, dim]`."""
+        """uint8 `[P, B, 3, h, w]`, as a loader with `Output("uint8")` gives them -> `[B, dim]`."""
         x = (patches.float() - self.mean) * self.scale
         return self.pool(self.model.embed(x.flatten(0, 1)).unflatten(0, patches.shape[:2]))
 

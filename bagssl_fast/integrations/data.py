@@ -16,10 +16,9 @@ from torch.utils.data import Dataset
 
 from bagssl_fast import ops
 from bagssl_fast._extension import _C
-from bagssl_fast.augment import SHARED, Augment, differing
+from bagssl_fast.augment import Augment, differing
 from bagssl_fast.data import BagLoader, Batch, Source, open_source
 from bagssl_fast.data.batch import ImageBatch
-from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image
 
 LAYOUTS = ("pair", "lightly", "solo_learn")
 
@@ -38,7 +37,7 @@ class MultiCropLoader(BagLoader):
         layout: What a batch is: "pair" for (crops, labels), as from a torchvision data set with a
             list of transforms (the scripts of VICReg and EMP-SSL); "lightly" for
             (crops, labels, names); "solo_learn" for [indices, crops, labels].
-        **options: The others of `BagLoader`.
+        **options: The others of `BagLoader`: sampler, order, share, output, decoding, threads.
 
     Raises:
         ValueError: For arguments out of range, and how to fix it.
@@ -110,10 +109,7 @@ class BagDataset(Dataset[tuple[list[Tensor], int]]):
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
         index = range(len(self))[index]  # also from the end, and IndexError beyond it
-        try:
-            image = self.source.native.decode(index, decode_image, MAX_PIXELS)
-        except ValueError as error:
-            raise ImageError(self.source.name(index), str(error)) from error
+        image = self.source.decode(index)
         place = torch.tensor([index])
         patches = self.views([torch.from_numpy(image)], place, epoch=int(self._epoch))
         labels = self.source.labels
@@ -160,7 +156,8 @@ class PatchViews(nn.Module):
                 "or MultiCropLoader, which allows it in all but size"
             )
         self.patches, self.seed, self.dtype, self.impl = patches, seed, dtype, impl
-        self._specs = [_spec(a) for a in self.augments]
+        for each in self.augments:
+            _C.check_augment(each)
         # Counts the images seen, so that every call draws anew, also after a state was loaded.
         self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
 
@@ -189,7 +186,7 @@ class PatchViews(nn.Module):
         sizes = np.array([shape[:2] for shape in shapes], dtype=np.int64).reshape(-1, 2)
         places = np.ascontiguousarray(index.cpu().numpy(), dtype=np.int64)
         table = _C.draw_views(
-            self._specs, sizes, places, patches=self.patches, seed=self.seed, epoch=epoch
+            self.augments, sizes, places, patches=self.patches, seed=self.seed, epoch=epoch
         )
         device = images.device if isinstance(images, Tensor) else images[0].device
         first = self.augments[0]
@@ -223,8 +220,3 @@ def _channels_last(images: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tenso
     if images.shape[1] != 3:
         raise ValueError(f"PatchViews: images {list(images.shape)} have no 3 channels")
     return images.permute(0, 2, 3, 1).contiguous()
-
-
-def _spec(augment: Augment) -> Any:
-    drawn = [name for name in vars(augment) if name not in SHARED]
-    return _C.AugmentSpec(**{name: getattr(augment, name) for name in drawn})

@@ -17,7 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from bagssl_fast import cli, machine, ops
 from bagssl_fast.augment import differing
 from bagssl_fast.config import Config, check, number_of_slots
-from bagssl_fast.data import BagLoader, Source, open_source
+from bagssl_fast.data import (
+    BagLoader,
+    Decoding,
+    Order,
+    Output,
+    Share,
+    Source,
+    Threads,
+    open_source,
+)
 from bagssl_fast.distributed.ranks import Ranks
 from bagssl_fast.distributed.sync_bn import share_batch_norm
 from bagssl_fast.files import write_atomic
@@ -170,19 +179,11 @@ def make_loader(
         batch_size=config.batch_size // me.world_size,
         patches=config.bag.patches,
         augment=augments,
-        sampler="random",
-        shuffle=True,
-        drop_last=True,
-        seed=config.seed,
-        dtype=dtype,
-        num_threads=config.loader.num_threads or threads,
-        batches_ahead=config.loader.batches_ahead,
-        rank=me.rank,
-        world_size=me.world_size,
-        on_error=config.loader.on_error,
-        pin_memory=me.device.type == "cuda",
-        indices=indices,
-        views=views,
+        order=Order(seed=config.seed, indices=indices),
+        share=Share(me.rank, me.world_size),
+        output=Output(dtype, views, pin_memory=me.device.type == "cuda"),
+        decoding=Decoding(config.loader.on_error),
+        threads=Threads(config.loader.num_threads or threads, config.loader.batches_ahead),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bagssl_fast.data import BagLoader
+from bagssl_fast.data import BagLoader, Order, Output, Threads
 from bagssl_fast.data.feed import ahead
 from bagssl_fast.losses import build_loss
 from bagssl_fast.models.bag_model import BagModel
@@ -48,24 +48,22 @@ class Ours(System):
     name = "bagssl_fast"
     dense: ClassVar[bool] = False
     compile: ClassVar[bool] = False
+    views: ClassVar[str] = "host"
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.forward: Any = torch.compile(self.model) if self.compile else self.model
         self.bag_loss = build_loss(self.case.loss)
         on_gpu = setup.device == "cuda"
-        self.loader = self.open_loader(dtype="bfloat16" if on_gpu else "float32", pin_memory=on_gpu)
-
-    def open_loader(self, **options: Any) -> BagLoader:
-        return BagLoader(
-            self.setup.images.source,
+        output = Output("bfloat16" if on_gpu else "float32", self.views, pin_memory=on_gpu)
+        self.loader = BagLoader(
+            setup.images.source,
             batch_size=self.case.batch,
             patches=self.case.views if self.dense else self.case.patches,
             augment=self.case.view_augment if self.dense else self.case.augment,
-            indices=self.setup.indices,
-            num_threads=self.setup.threads,
-            seed=self.setup.seed,
-            **options,
+            order=Order(seed=setup.seed, indices=setup.indices),
+            output=output,
+            threads=Threads(setup.threads),
         )
 
     def build(self) -> nn.Module:
@@ -132,7 +130,5 @@ class OursOnDevice(Ours):
     """Decoded images travel to the device, which cuts and augments the patches there."""
 
     name = "bagssl_fast_device"
+    views = "device"
     note = "ops.patch_views on the device; the same patches"
-
-    def open_loader(self, **options: Any) -> BagLoader:
-        return super().open_loader(views="device", **options)

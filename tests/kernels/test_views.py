@@ -191,12 +191,12 @@ def test_images_that_a_loader_hands_over():
 
     from bagssl_fast import ops
     from bagssl_fast.augment import Augment
-    from bagssl_fast.data import BagLoader
+    from bagssl_fast.data import BagLoader, Output, Threads
 
     images = torch.stack(photos([(20, 26)] * 3)).numpy()
-    options = {"batch_size": 3, "patches": 2, "augment": Augment(size=8), "num_threads": 1}
-    kinds = [BagLoader(np.ascontiguousarray(images), views=v, dtype="uint8", **options)
-             for v in ("host", "device")]  # fmt: skip
+    options = {"batch_size": 3, "patches": 2, "augment": Augment(size=8), "threads": Threads(1)}
+    kinds = [BagLoader(np.ascontiguousarray(images), output=Output("uint8", views), **options)
+             for views in ("host", "device")]  # fmt: skip
     with kinds[0] as host, kinds[1] as device:
         expected, batch = next(iter(host)).patches, next(iter(device))
         actual = ops.patch_views(batch.images, batch.params, **batch.options, impl="cuda")
