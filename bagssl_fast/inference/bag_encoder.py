@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bagssl_fast._extension import _C
 from bagssl_fast.config import Config, patch_size
-from bagssl_fast.data import Source, open_files, open_source
+from bagssl_fast.data import ImageError, Source, open_files, open_source
 from bagssl_fast.data.pixels import is_path, split_images, to_array
 from bagssl_fast.data.source import is_image_name
 from bagssl_fast.distributed import ranks
 from bagssl_fast.evaluation.features import (
     CENTER,
-    Collector,
     Plan,
-    dense_bags,
-    embed,
-    extract,
+    extract_folded,
     fold_batch_norm,
     view_size,
 )
@@ -138,51 +135,32 @@ class BagEncoder:
             return torch.zeros(0, self.dim)
         if all(is_path(item) for item in items):
             return self._finish(self._of_source(open_files(items)))
-        return self._finish(self._of_pixels(items))
+        return self._finish(self._of_items(items))
 
     def _of_source(self, source: Source) -> Tensor:
-        features, _ = extract(self.model, self.config, source, self.plan)
+        features, _ = extract_folded(self.model, self.config, source, self.plan)
         return features[LAYERS[self.layer], self.plan.counts[0]]
 
-    @torch.inference_mode()
-    def _of_pixels(self, items: Sequence[Any]) -> Tensor:
-        """As `extract`, for images that no source holds."""
-        count, collected = self.plan.counts[0], Collector()
-        one_by_one = count != CENTER and not is_dense(self.model.backbone)
-        step = max(1, self.plan.batch_size // (count if one_by_one else 1))
-        for begin in range(0, len(items), step):
-            chunk = items[begin : begin + step]
-            arrays = [to_array(item, begin + i) for i, item in enumerate(chunk)]
-            h = self._embed(arrays, count)
-            collected.add(self.model, self.plan, {count: h}, torch.zeros(len(chunk)))
-        return collected.features()[LAYERS[self.layer], count]
+    def _of_items(self, items: Sequence[Any]) -> Tensor:
+        """Images in memory, and paths among them."""
+        refused: dict[int, Exception] = {}
 
-    def _embed(self, arrays: list[NDArray[np.uint8]], count: int) -> Tensor:
-        """h [P, B, F] of the bags of images."""
-        crop = self.config.augment
-        sizes = np.array([array.shape[:2] for array in arrays], np.int64)
-        size = patch_size(self.config)
-        if count == CENTER:
-            table = _C.center_views(sizes)
-        elif is_dense(self.model.backbone):
-            table, size = _C.center_views(sizes), view_size(self.config)
-        else:
-            spec = _C.AugmentSpec(scale=crop.scale, ratio=crop.ratio)
-            table = _C.grid_views(spec, sizes, patches=count)
-        cut = _C.patch_views(
-            arrays,
-            table,
-            size=(size, size),
-            mean=crop.mean,
-            std=crop.std,
-            num_threads=self.plan.num_threads,
-        )
-        patches = torch.from_numpy(cut).permute(0, 1, 4, 2, 3).to(self.plan.device)
-        if count != CENTER and is_dense(self.model.backbone):
-            means = [] if "z" in self.plan.layers(count) else [count]
-            return dense_bags(self.model, patches[0], [count], self.plan, means)[count]
-        h = embed(self.model, patches.flatten(0, 1), self.plan)
-        return h.unflatten(0, patches.shape[:2])
+        def read(i: int) -> bytes | NDArray[np.uint8]:
+            try:
+                return Path(items[i]).read_bytes() if is_path(items[i]) else to_array(items[i], i)
+            except Exception as error:
+                refused[i] = error
+                raise
+
+        def name(i: int) -> str:
+            return os.fspath(items[i]) if is_path(items[i]) else f"image {i}"
+
+        try:
+            return self._of_source(Source.from_function(read, len(items), name=name))
+        except ImageError:
+            if refused:  # what `read` said names the image, and has its own type
+                raise refused[min(refused)] from None
+            raise
 
     def _finish(self, x: Tensor) -> Tensor:
         x = x.cpu().clone()  # outside of inference mode: a probe may be trained on it

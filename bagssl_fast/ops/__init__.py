@@ -101,10 +101,10 @@ def patch_views(
         for i, image in enumerate(images):
             _check(op, f"images[{i}]", image, (torch.uint8,), 3, "[H, W, 3]")
     first = images if isinstance(images, Tensor) else images[0] if len(images) else params
-    cell = _chosen_cell(op, impl, first)
-    if isinstance(images, RaggedImages) and cell != "kernels":
+    chosen = _chosen_cell(op, impl, first.device.type)
+    if isinstance(images, RaggedImages) and chosen != "kernels":
         images = images.unpack()
-    run = _load(op, cell)
+    run = _load(op, chosen)
     return run(
         images,
         params,
@@ -423,6 +423,15 @@ def table() -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def cell(op: str, device: str) -> str:
+    """The folder that runs an op on a device ("cpu", "cuda") under the present choice.
+
+    Raises:
+        ValueError: If the present choice does not run there.
+    """
+    return _chosen_cell(op, None, device)
+
+
 def _cell(op: str, impl: str) -> str:
     """The folder of the implementation that `impl` names; the reference's where there is none."""
     return DISPATCH[op][IMPLS.index(impl)] or DISPATCH[op][0]
@@ -430,12 +439,11 @@ def _cell(op: str, impl: str) -> str:
 
 def _implementation(op: str, impl: str | None, x: Tensor) -> Callable[..., Any]:
     """The function that runs `op` on `x`."""
-    return _load(op, _chosen_cell(op, impl, x))
+    return _load(op, _chosen_cell(op, impl, x.device.type))
 
 
-def _chosen_cell(op: str, impl: str | None, x: Tensor) -> str:
-    """The folder that runs `op` on `x`: by `impl`, by the process-wide choice, by the device."""
-    device = x.device.type
+def _chosen_cell(op: str, impl: str | None, device: str) -> str:
+    """The folder that runs `op`: by `impl`, by the process-wide choice, by the device."""
     choice = impl or _state["impl"] or (device if device in IMPLS else "reference")
     if choice not in IMPLS:
         raise ValueError(f"{op}: impl={choice!r} is none of {', '.join(IMPLS)}")
