@@ -115,7 +115,7 @@ def test_where_patches_are_cut_follows_the_dispatch_table(monkeypatch):
     assert (features.views_at(cpu), features.views_at(cuda)) == ("host", "device")
     with ops.use_impl("reference"):
         assert (features.views_at(cpu), features.views_at(cuda)) == ("device", "device")
-    with ops.use_impl("cuda"), pytest.raises(ValueError, match="it takes cuda tensors"):
+    with ops.use_impl("cuda"), pytest.raises(ValueError, match="expected cuda tensors"):
         features.views_at(cpu)
     found.clear()
     assert features.views_at(cuda) == "host"
@@ -209,7 +209,7 @@ class TestRefuses:
 
     def test_options(self, runs):
         for options, words in (
-            ({"patches": 5}, "no square"),
+            ({"patches": 5}, "not a square number"),
             ({"patches": "all"}, "'all'"),
             ({"patches": 400}, "holds 289 patches"),
             ({"layer": "z"}, "embedding, projection"),

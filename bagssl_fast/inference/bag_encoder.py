@@ -36,21 +36,21 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class BagEncoder:
     """A trained encoder as a function from images to the embeddings of their bags.
 
-    An image's bag is the grid of patches that `python -m bagssl_fast.evaluate` takes, at the same
-    places and scale, and the embedding is the mean over it: `BagEncoder(..., patches=n)` has the
-    numbers of `evaluate --patches n`.
+    An image's bag is the grid of patches of `python -m bagssl_fast.evaluate`, at the same places
+    and scale, and the embedding is the mean over it: `BagEncoder(..., patches=n)` gives the numbers
+    of `evaluate --patches n`.
 
     Args:
         model: Backbone and head.
-        config: Their configuration; of `augment` the size, scale, ratio and normalization count.
+        config: Their configuration; of `augment` size, scale, ratio and normalization are used.
         patches: Patches per image, a square number n * n; or "center": one patch that shows the
             whole central square of the image.
         layer: "embedding" (what evaluation pools) or "projection" (where the loss lives).
         normalize: Divide each result by its L2 norm.
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        precision: Of the forward pass: fp32, bf16 or fp16 (bf16 is what `evaluate` takes on CUDA).
-        batch_size: Images per forward pass; 0 takes 32 on a CPU (for its caches), else 256. Where
-            patches are encoded one by one, so many patches.
+        precision: Of the forward pass: fp32, bf16 or fp16 (`evaluate` uses bf16 on CUDA).
+        batch_size: Images per forward pass, or patches where these are encoded one by one; 0 for
+            32 on a CPU (for its caches), else 256.
         num_threads: Threads that decode and cut; 0 for a choice by the machine.
 
     Attributes:
@@ -79,7 +79,7 @@ class BagEncoder:
                 f"{', '.join(LAYERS)}, and one of {', '.join(PRECISIONS)}"
             )
         place = ranks.pick_device(device)
-        # What trains beside a model, such as BYOL's targets, stays behind.
+        # What only training needs, such as BYOL's targets, is left out.
         bare = BagModel(model.backbone, model.head, model.dense, model.stride)
         self.model = fold_batch_norm(bare).to(place)
         self.config, self.layer, self.normalize = config, layer, normalize
@@ -118,7 +118,7 @@ class BagEncoder:
                 a batch [N, H, W, 3] or [N, 3, H, W], one image ([3, H, W] is one), or a list of
                 images of any sizes; gray is repeated to three channels. PIL images, paths of image
                 files, or lists of them. Or a data set: a `Source`, or the path of anything
-                `open_source` takes.
+                `open_source` accepts.
 
         Returns:
             float32 [N, dim] on the CPU, in the order of the images; one image is a batch of one.
@@ -181,13 +181,14 @@ def _check_count(patches: int | str, config: Config, dense: bool) -> int:
         raise ValueError(f'BagEncoder: patches {patches!r}; expected 1, 4, 9, 16, ... or "center"')
     if round(patches**0.5) ** 2 != patches:
         raise ValueError(
-            f"BagEncoder: patches {patches} is no square: bags are n x n grids, take 1, 4, 9, 16"
+            f"BagEncoder: patches {patches} is not a square number: bags are n x n grids, "
+            "expected 1, 4, 9, 16, ..."
         )
     if dense:
         side = view_size(config) - patch_size(config) + 1
         if patches > side * side:
             raise ValueError(
                 f"BagEncoder: patches {patches}: a view of {view_size(config)} pixels holds "
-                f"{side * side} patches of {patch_size(config)}; take at most so many"
+                f"{side * side} patches of {patch_size(config)} pixels; ask for at most that many"
             )
     return int(patches)

@@ -35,7 +35,7 @@ class _Block(NamedTuple):
 
     @property
     def center(self) -> int:
-        """Twice the middle of the positions, which may lie between two."""
+        """Twice the middle of the positions, which may be between two pixels."""
         return self.positions[0] + self.positions[-1]
 
 
@@ -65,7 +65,7 @@ class _Axis:
         return turns.double() * (math.pi / self.length)
 
     def waves_back(self, block: _Block, scale: float, dtype: torch.dtype) -> tuple[Any, ...]:
-        """The axis as csrc/patch_grid.h wants it: cosines, sines, distances, signs."""
+        """The axis as csrc/patch_grid.h expects it: cosines, sines, distances, signs."""
         distances = self._distances(block)
         angles = self.angles(range(self.half + 1), distances).T
         offsets = [2 * position - block.center for position in block.positions]
@@ -83,7 +83,7 @@ class _Axis:
 class Grid:
     """Positions [P, 2] as combinations of rows `down` and columns `across`.
 
-    `slots` [T, L] tells which position a combination is; -1 stands for one that is not expected.
+    `slots` [T, L] is the number of each combination's position; -1 where it is not one of them.
     """
 
     def __init__(self, positions: Tensor, weight: Tensor):
@@ -133,7 +133,7 @@ class Grid:
     def operands(
         self, images: Tensor, mean: Sequence[float], std: Sequence[float]
     ) -> Iterator[dict[str, Any]]:
-        """What csrc/patch_grid.h wants to know, for every combination of blocks."""
+        """The arguments of csrc/patch_grid.h, for every combination of blocks."""
         offset, divisor = torch.tensor([mean, std], dtype=self.dtype)
         scale = 2 / (self.down.length * self.across.length)
         for rows in self.down.blocks:
@@ -167,7 +167,7 @@ class Grid:
         return range(0, -2 * self.down.extent, -2), range(0, -2 * self.across.extent, -2)
 
     def _waves(self, down: Sequence[int], across: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """exp(-i angle) as real matrices: [2 F, w], and [F, 2 V, 2 h] (all F alike)."""
+        """exp(-i angle) as real matrices: [2 F, w], and [F, 2 V, 2 h] (the same for all F)."""
         angles = self.across.angles(self.frequencies_across, across)
         by_width = torch.stack([angles.cos(), -angles.sin()], dim=1).flatten(0, 1)
         angles = self.down.angles(self.frequencies_down, down)
