@@ -1,12 +1,12 @@
 """Export `kernels/` as a package for the Hugging Face Kernel Hub: `python hub/export.py OUT`.
 
-OUT is then a project of kernel-builder's (`project/` as it lies here, and the kernels under
-`torch-ext/`), together with what building it comes to for kernels that are compiled at run time:
+OUT is then a project of kernel-builder's (a copy of `project/`, and the kernels under
+`torch-ext/`), together with its builds (kernels that are compiled at run time need no compiler):
 one folder per backend under `build/`, which `kernels.get_local_kernel(OUT)` loads.
 
 The kernels come along with two changes: their operators are registered under a namespace of the
-package's own, so that it lives beside bagssl_fast and beside other versions of itself, and errors
-do not name a fix that is not in the package.
+package's own, so that it can be loaded next to bagssl_fast and other versions of itself, and
+errors do not name a fix that is not in the package.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = Path(__file__).resolve().parent / "project"
 NAME = "bagssl-fast-kernels"
 MODULE = NAME.replace("-", "_")
-VERSION = 1  # of the interface, as build.toml says it
+VERSION = 1  # of the interface, as in build.toml
 BACKENDS = ("cuda", "rocm")
 
 _OP = re.compile(r'"bagssl_triton::(\w+)"')
@@ -51,7 +51,7 @@ def export(out: Path) -> None:
         out: A folder that is empty or does not exist.
 
     Raises:
-        ValueError: If it holds something, or the kernels are no longer as this script knows them.
+        ValueError: If it is not empty, or the kernels are not what this script expects.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: name a new folder")
@@ -70,13 +70,15 @@ def rewrite(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.name == "_common.py":
         if _HOW_TO_FIX not in text:
-            raise ValueError(f"{path}: no {_HOW_TO_FIX!r} in it; see to hub/export.py")
+            raise ValueError(f"{path} does not contain {_HOW_TO_FIX!r}: adapt hub/export.py to it")
         text = text.replace(_HOW_TO_FIX, "plain torch")
     text, found = _OP.subn(r'add_op_namespace_prefix("\1")', text)
     if found:
         first = _FIRST_AFTER_OPS.search(text)
         if first is None:
-            raise ValueError(f"{path}: no place for the import of its namespace; see to {__file__}")
+            raise ValueError(
+                f"{path} has no line before which to import its namespace: adapt {__file__} to it"
+            )
         line = "from ._ops import add_op_namespace_prefix\n"
         text = text[: first.start()] + line + text[first.start() :]
     return text

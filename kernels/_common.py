@@ -1,8 +1,8 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """What every kernel file needs from its surroundings: guards, facts about the device, checks.
 
-A kernel file copied elsewhere takes this file and `_tuning.py` along; both import torch and triton
-only.
+To copy a kernel file elsewhere, copy this file and `_tuning.py` with it; both import torch and
+triton only.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def device_guard(x: torch.Tensor) -> AbstractContextManager[Any]:
 
 @lru_cache
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of the device; a stand-in where there is none to ask."""
+    """Streaming multiprocessors of the device; a fixed number where there is no device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return _INTERPRETER_SMS if device.type == "cpu" else 132
@@ -57,8 +57,8 @@ def warp_lanes() -> int:
 def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, int]:
     """Options of a launch.
 
-    On NVIDIA with the registers that so many threads can have, said aloud: left to itself the
-    compiler for sm_100 spills a few to reach a rounder number of blocks per processor.
+    On NVIDIA with an explicit register limit, all that so many threads can have: without it the
+    compiler for sm_100 spills a few registers to fit more blocks on a processor.
     """
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if not IS_HIP:
@@ -72,7 +72,7 @@ def product_options(tile: Tile) -> dict[str, int]:
 
 
 def refuse(op: str, came: str, supported: str) -> ValueError:
-    """The one form of error for bad input: op, what came, what is supported, the fix."""
+    """The one form of error for bad input: the op, what it got, what is supported, the fix."""
     return ValueError(
         f"{op}: got {came}; the Triton kernel supports {supported}. "
         'Use impl="reference" for anything else.'

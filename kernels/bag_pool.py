@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""bag_pool: what a bag's patches have in common, in one read of them.
+"""bag_pool: mean of a bag's patches and how closely they agree, in one read of them.
 
     mean[b]      = 1/P sum_p x[p, b]                               (or mean / |mean|)
     deviation[b] = 1/(P D) sum_{p,d} (x[p, b, d] - mean[b, d])^2
@@ -169,7 +169,7 @@ def _bag_pool_bwd_kernel(
 def bag_pool_fwd(
     x: torch.Tensor, normalize: bool, deviation: bool, cosine: bool, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(pooled [B, D], norm [B], deviation [B], cosine [B], u [B, D]); unwanted ones are empty."""
+    """(pooled [B, D], norm [B], deviation [B], cosine [B], u [B, D]); unneeded ones are empty."""
     num_patches, num_bags, num_dims = x.shape
     outs = _outputs(x, normalize, deviation, cosine, save)
     pooled, norm, dev, cos, direction = outs

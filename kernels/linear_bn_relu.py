@@ -270,7 +270,7 @@ def _arguments(
     relu: bool,
     strip: Strip,
 ) -> dict[str, Any]:
-    """What the kernels below take alike: y, the columns' mean, rstd, gamma and beta, tiles."""
+    """The arguments that the kernels below share: y, per column mean, rstd, gamma, beta; tiles."""
     mean, rstd, gamma, beta = columns
     return {
         "y_ptr": y,

@@ -356,7 +356,7 @@ def patch_embed(
         images: uint8 [B, H, W, C].
         weight: [M, C, h, w] in float32, bfloat16 or float16; the result has its dtype.
         bias: [M] or None.
-        positions: integer (top, left), [P, 2] for all images alike or [P, B, 2]. On a GPU they are
+        positions: integer (top, left), [P, 2] for all images or [P, B, 2]. On a GPU they are
             not checked, which would wait for the device: a patch outside is moved inside.
         mean, std: Per channel, of pixels in 0..1.
         relu: Apply ReLU to the result.

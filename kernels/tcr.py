@@ -5,8 +5,8 @@
 
 by the Gram on the shorter side (Sylvester's identity) of all slots in one launch and one batched
 Cholesky of torch's: R = sum_i log L_ii. The Gram is float32; identity, Cholesky and inverse are
-float64, as R of short or of like rows is a small difference. Backward: dz = dR a (I + a Gram)^-1 z
-for each slot, the product again one launch.
+float64, as R of short or of similar rows is a small difference. Backward: for each slot
+dz = dR a (I + a Gram)^-1 z, the product again one launch.
 
 z [P, B, D] float32, bfloat16 or float16; R [P] float32, larger means more spread.
 Saved: z, and the [P, B, B] inverse where B <= D; where D < B it is made again in backward.

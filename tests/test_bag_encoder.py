@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from bagssl_fast import ops
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import BagConfig, Config, EncoderConfig, HeadConfig
 from bagssl_fast.data import ImageError, open_source
+from bagssl_fast.evaluation import features
 from bagssl_fast.evaluation.features import CENTER, Plan, extract
 from bagssl_fast.inference.bag_encoder import BagEncoder
 from bagssl_fast.models import saved
@@ -73,14 +75,57 @@ def test_has_the_numbers_of_the_evaluation(run, patches, layer):
     model, config, step = found.model, found.config, found.step
     count = CENTER if patches == "center" else patches
     plan = Plan((count,), count, batch_size=3, device=torch.device("cpu"))
-    features, _ = extract(model, config, open_source(images), plan)
-    want = features[{"embedding": "h", "projection": "z"}[layer], count]
+    pooled, _ = extract(model, config, open_source(images), plan)
+    want = pooled[{"embedding": "h", "projection": "z"}[layer], count]
     encoder = BagEncoder.from_run(run, patches=patches, layer=layer, device="cpu", batch_size=20)
     assert step == 7 and encoder.dim == want.shape[1]
     for form in (images, list(images), open_source(images)):
         torch.testing.assert_close(encoder(form), want, rtol=1e-5, atol=1e-6)
     normalized = BagEncoder.from_run(run, patches=patches, layer=layer, normalize=True)
     torch.testing.assert_close(normalized(images), F.normalize(want, dim=1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("patches", [9, "center"])
+def test_patches_are_cut_by_the_implementation_in_force(run, patches, monkeypatch):
+    """`--impl` holds for images in memory, too; the numbers are the same to rounding."""
+    calls = []
+    reference = ops._load("patch_views", "reference")
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return reference(*args, **kwargs)
+
+    monkeypatch.setitem(ops._loaded, ("patch_views", "reference"), counted)
+    encoder = BagEncoder.from_run(run, patches=patches, device="cpu", batch_size=2)
+    want = encoder(RAGGED)
+    assert not calls  # the loader's threads
+    with ops.use_impl("reference"):
+        got = encoder(RAGGED)
+        assert len(calls) >= 3
+        one = encoder(open_source(RAGGED[0][None]))
+    torch.testing.assert_close(one, got[:1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_where_patches_are_cut_follows_the_dispatch_table(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    found = {"triton": object()}
+    monkeypatch.setattr(features, "find_spec", found.get)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert (features.views_at(cpu), features.views_at(cuda)) == ("host", "device")
+    with ops.use_impl("reference"):
+        assert (features.views_at(cpu), features.views_at(cuda)) == ("device", "device")
+    with ops.use_impl("cuda"), pytest.raises(ValueError, match="expected cuda tensors"):
+        features.views_at(cpu)
+    found.clear()
+    assert features.views_at(cuda) == "host"
+
+
+def test_a_call_does_not_copy_the_model(runs, monkeypatch):
+    """Images that come one by one would pay for it each time."""
+    encoder = BagEncoder.from_run(runs["dense"], patches=4, device="cpu")
+    monkeypatch.setattr(features, "fold_batch_norm", None)
+    assert encoder(RAGGED[0]).shape == (1, encoder.dim)
 
 
 def test_takes_images_in_every_form(runs, tmp_path):
@@ -136,9 +181,9 @@ def test_a_jpeg_is_turned_upright_as_in_training(runs, tmp_path):
 
 
 def test_results_can_be_trained_on(runs):
-    features = BagEncoder.from_run(runs["dense"], patches=4)(RAGGED)
-    probe = torch.nn.Linear(features.shape[1], 2)
-    probe(features).sum().backward()
+    embedded = BagEncoder.from_run(runs["dense"], patches=4)(RAGGED)
+    probe = torch.nn.Linear(embedded.shape[1], 2)
+    probe(embedded).sum().backward()
     assert probe.weight.grad is not None
 
 
@@ -152,6 +197,7 @@ class TestRefuses:
             (np.zeros((1, 2, 8, 8, 3), np.uint8), r"image 0 .*\[2, 8, 8, 3\]"),
             ([np.zeros((0, 8, 3), np.uint8)], r"image 0 .*\[0, 8, 3\]"),
             ([None], "image 0 is a NoneType"),
+            ([*RAGGED * 20, None, 3], "image 100 is a NoneType"),
             (3.5, "got a float"),
         ],
     )
@@ -169,10 +215,12 @@ class TestRefuses:
             encoder(tmp_path / "broken.png")
         with pytest.raises(ImageError, match=r"broken\.png"):
             encoder([RAGGED[0], tmp_path / "broken.png"])
+        with pytest.raises(FileNotFoundError, match=r"missing\.jpg"):
+            encoder([RAGGED[0], tmp_path / "missing.jpg"])
 
     def test_options(self, runs):
         for options, words in (
-            ({"patches": 5}, "no square"),
+            ({"patches": 5}, "not a square number"),
             ({"patches": "all"}, "'all'"),
             ({"patches": 400}, "holds 289 patches"),
             ({"layer": "z"}, "embedding, projection"),

@@ -58,7 +58,7 @@ class TestFolder:
             ([str(runs["dense"]), "--out", str(runs["dense"])], "is the run itself"),
             (
                 [str(runs["dense"]), "--out", str(tmp_path / "o"), "--onnx", "--patches", "5"],
-                "no square",
+                "not a square number",
             ),
         ):
             assert export.main(arguments) == 2
@@ -144,7 +144,7 @@ class TestProgram:
             torch.testing.assert_close(program(x.unflatten(0, (bags, batch))), h)
 
     def test_takes_images_or_patches(self, runs):
-        with pytest.raises(ValueError, match="'views' is none of images, patches"):
+        with pytest.raises(ValueError, match="'views', expected one of images, patches"):
             to_program(BagEncoder.from_run(runs["dense"]), "views")
 
 

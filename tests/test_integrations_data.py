@@ -105,6 +105,14 @@ def test_patch_views_are_the_loaders_and_take_either_order_of_dimensions(images)
     assert "3 patches of 8 x 8" in repr(views)
 
 
+def test_a_bad_image_of_a_data_set_is_named():
+    source = Source.from_function(
+        lambda index: b"no image", 3, name=lambda index: f"bucket/{index}"
+    )
+    with pytest.raises(ImageError, match=r"bucket/2: .*not an image"):
+        BagDataset(source, 2, AUGMENT)[2]
+
+
 def test_patch_views_draw_anew_and_go_on_from_a_state(images):
     pixels = torch.from_numpy(np.load(images)["images"])[:4]
     views = PatchViews((AUGMENT, replace(AUGMENT, hflip=1.0)), 2)
@@ -121,7 +129,7 @@ def test_patch_views_bad_input():
     views = PatchViews(AUGMENT, 2)
     with pytest.raises(ValueError, match=r"torch.float32 \[2, 3, 9, 9\], expected uint8"):
         views(torch.zeros(2, 3, 9, 9))
-    with pytest.raises(ValueError, match="no 3 channels"):
+    with pytest.raises(ValueError, match=r"\[2, 1, 9, 9\], expected 3 channels"):
         views(torch.zeros(2, 1, 9, 9, dtype=torch.uint8))
     with pytest.raises(ValueError, match="3 indices for 2 images"):
         views(torch.zeros(2, 3, 9, 9, dtype=torch.uint8), torch.arange(3))

@@ -267,9 +267,9 @@ def test_impl_is_explicit_then_process_wide_then_the_device(monkeypatch):
     finally:
         ops.set_impl(None)
     assert chosen == ["cpu", "reference", "reference", "cpu", "reference"]
-    with pytest.raises(ValueError, match="'triton' is none of reference, cpu, cuda"):
+    with pytest.raises(ValueError, match="'triton', expected one of reference, cpu, cuda"):
         ops.tcr(z, impl="triton")
-    with pytest.raises(ValueError, match="'triton' is none of"):
+    with pytest.raises(ValueError, match="'triton', expected one of"):
         ops.set_impl("triton")
 
 

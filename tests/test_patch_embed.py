@@ -7,7 +7,7 @@ from tolerances import assert_matches
 from torch import Tensor
 
 from bagssl_fast import ops
-from bagssl_fast.ops.cpu.patch_embed import _worthwhile_grid
+from bagssl_fast.ops.cpu import patch_embed_grid
 from bagssl_fast.ops.reference.patch_embed import patch_embed as reference
 
 IMPLS = ("reference", "cpu")
@@ -87,7 +87,7 @@ WAYS = {  # dtype, ReLU
 def test_spectra_give_what_patches_give(size, out_dim, patch, positions, dtype, relu, simd_level):
     images, weight, bias = operands(21, *size, out_dim=out_dim, patch=patch)
     weight, bias = (weight / weight[0].numel() ** 0.5).to(dtype), bias.to(dtype)
-    assert _worthwhile_grid(weight, positions, len(images)) is not None
+    assert patch_embed_grid.worthwhile(weight, positions, len(images)) is not None
     # What rounding makes of a result near zero decides on its whole gradient: such have none.
     exact = reference(images, weight.double(), bias.double(), positions, mean=MEAN, std=STD)
     dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

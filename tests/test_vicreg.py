@@ -186,7 +186,7 @@ def test_non_finite_input_reaches_the_terms(impl):
         (torch.zeros(2, 1, 5), {}, r"need B >= 2 .*drop_last"),
         (torch.zeros(2, 0, 5), {}, "need B >= 2"),
         (torch.zeros(2, 4, 0), {}, "D >= 1"),
-        (torch.zeros(2, 4, 5), {"convention": "lightly"}, "'lightly' is none of official"),
+        (torch.zeros(2, 4, 5), {"convention": "lightly"}, "'lightly'; expected one of official"),
         (torch.zeros(2, 4, 5), {"eps": 0.0}, "eps is 0.0"),
         ([1.0], {}, "z is a list, expected a tensor"),
     ],

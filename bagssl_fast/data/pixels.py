@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bagssl_fast._extension import _C
-from bagssl_fast.data.decoding import MAX_PIXELS, ImageError, decode_image, to_rgb
+from bagssl_fast.data.decoding import to_rgb
 
 KINDS = (
     "uint8 [H, W, 3], [3, H, W] or [H, W], or a batch [N, H, W, 3 or 1] or [N, 3 or 1, H, W]; a "
@@ -61,17 +59,12 @@ def to_array(item: Any, index: int) -> NDArray[np.uint8]:
     """One image as uint8 [H, W, 3], C-contiguous.
 
     Args:
-        item: An array or tensor, a PIL image, or the path of an image file.
+        item: An array or tensor, or a PIL image.
         index: Its place among the images, for errors.
 
     Raises:
-        ValueError, FileNotFoundError: Naming the image and what is wrong with it.
+        ValueError: Naming the image and what is wrong with it.
     """
-    if is_path(item):
-        try:
-            return _C.decode(Path(item).read_bytes(), decode_image, MAX_PIXELS)
-        except RuntimeError as error:
-            raise ImageError(os.fspath(item), str(error)) from None
     if isinstance(item, Image.Image):
         return to_rgb(ImageOps.exif_transpose(item))
     if isinstance(item, Tensor):

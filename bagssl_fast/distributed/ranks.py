@@ -1,4 +1,4 @@
-"""This process among those that `torchrun` started: who it is, what they exchange, signals."""
+"""This process among those that `torchrun` started: rank, small exchanges, signals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and speaks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def mean(self, values: Sequence[float]) -> list[float]:
@@ -59,7 +59,7 @@ class Ranks:
         return [float(v) for v in tensor.tolist()]
 
     def from_main(self, text: str) -> str:
-        """What rank 0 says, on every rank."""
+        """The text of rank 0, on every rank."""
         if self.group is None:
             return text
         box = [text]
@@ -78,7 +78,7 @@ def pick_device(option: str, local_rank: int = 0) -> torch.device:
     if option == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device; take --device cpu (or auto)")
+        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu or auto")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"rank {local_rank} of this machine has no GPU of its own: "
@@ -97,7 +97,7 @@ def start(device_option: str) -> Ranks:
     device = pick_device(device_option, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # torchrun sets all four; a lone RANK in the environment is some scheduler's and means nothing.
+    # torchrun sets all four; RANK alone is set by some schedulers and means nothing.
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return Ranks(device=device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -108,7 +108,7 @@ def start(device_option: str) -> Ranks:
 
 
 def stop() -> None:
-    """Leaves the group again."""
+    """Leaves the group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -127,7 +127,7 @@ class StopSignals:
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        with contextlib.suppress(ValueError):  # only the main thread may take signals
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in self.SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # nohup

@@ -1,4 +1,4 @@
-"""Batch-norm statistics over all ranks, on any device (torch's own SyncBatchNorm wants CUDA)."""
+"""Batch-norm statistics over all ranks, on any device (torch's own SyncBatchNorm needs CUDA)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bagssl_fast.distributed.collectives import all_reduce_sum
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose training statistics are those of the rows of every rank together.
 
-    Parameters and buffers carry the names of `nn.BatchNorm2d`: checkpoints fit both. The statistics
+    Parameters and buffers have the names of `nn.BatchNorm2d`: checkpoints fit both. The statistics
     are float32 whatever the input; every rank must hold equally many rows.
     """
 

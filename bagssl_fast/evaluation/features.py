@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
+from bagssl_fast import ops
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import Config, patch_size
 from bagssl_fast.data import BagLoader, Decoding, Order, Output, Source, Threads
@@ -93,7 +95,6 @@ def dense_stride(counts: tuple[int, ...], span: int) -> int:
     return 1
 
 
-@torch.inference_mode()
 def extract(
     model: BagModel, config: Config, source: Source, plan: Plan, indices: Tensor | None = None
 ) -> tuple[Features, Tensor | None]:
@@ -103,39 +104,33 @@ def extract(
         model: In eval mode, on `plan.device`.
         config: Of the run, for sizes, scale and normalization.
         source: The images.
-        plan: What is expected.
+        plan: What is extracted.
         indices: Which images, int64; None for all.
 
     Returns:
         Features per layer and count, on the device, and the labels [N] (None without labels).
     """
-    model = fold_batch_norm(model)
+    return extract_folded(fold_batch_norm(model), config, source, plan, indices)
+
+
+@torch.inference_mode()
+def extract_folded(
+    model: BagModel, config: Config, source: Source, plan: Plan, indices: Tensor | None = None
+) -> tuple[Features, Tensor | None]:
+    """As `extract`, for a model that `fold_batch_norm` made."""
     bags = [count for count in plan.counts if count != CENTER]
+    passes = [bags] if is_dense(model.backbone) else [[count] for count in bags]
+    if CENTER in plan.counts:
+        passes.insert(0, [CENTER])
+    means = [count for count in bags if "z" not in plan.layers(count)]
     features: Features = {}
     labels: Tensor | None = None
-    if CENTER in plan.counts:
+    for counts in filter(None, passes):
         collected = Collector()
-        for patches, batch_labels in _batches(config, source, plan, indices, "center", 1):
-            h = embed(model, patches[0], plan)[None]
-            collected.add(model, plan, {CENTER: h}, batch_labels)
+        for h, batch_labels in _encoded(model, config, source, plan, counts, indices, means):
+            collected.add(model, plan, h, batch_labels)
         features |= collected.features()
         labels = collected.labels()
-    if bags and is_dense(model.backbone):
-        collected = Collector()
-        means = [count for count in bags if "z" not in plan.layers(count)]
-        for views, batch_labels in _batches(config, source, plan, indices, "center", 0):
-            grids = dense_bags(model, views[0], bags, plan, means)
-            collected.add(model, plan, grids, batch_labels)
-        features |= collected.features()
-        labels = collected.labels()
-    elif bags:
-        for count in bags:
-            collected = Collector()
-            for patches, batch_labels in _batches(config, source, plan, indices, "grid", count):
-                h = embed(model, patches.flatten(0, 1), plan).unflatten(0, patches.shape[:2])
-                collected.add(model, plan, {count: h}, batch_labels)
-            features |= collected.features()
-            labels = collected.labels()
     return features, labels if source.labels is not None else None
 
 
@@ -158,16 +153,8 @@ def embed_patches(
         h [P, N, F] in float32, positions in row-major order; P is 1 for the central square.
     """
     model = fold_batch_norm(model)
-    parts = []
-    if count != CENTER and is_dense(model.backbone):
-        for views, _ in _batches(config, source, plan, indices, "center", 0):
-            parts.append(dense_bags(model, views[0], [count], plan)[count].float())
-    else:
-        kind = "center" if count == CENTER else "grid"
-        for patches, _ in _batches(config, source, plan, indices, kind, max(count, 1)):
-            h = embed(model, patches.flatten(0, 1), plan).float()
-            parts.append(h.unflatten(0, patches.shape[:2]))
-    return torch.cat(parts, dim=1)
+    batches = _encoded(model, config, source, plan, [count], indices)
+    return torch.cat([h[count].float() for h, _ in batches], dim=1)
 
 
 def fold_batch_norm(model: BagModel) -> BagModel:
@@ -247,30 +234,60 @@ def embed(model: BagModel, patches: Tensor, plan: Plan) -> Tensor:
         return model.embed(patches)
 
 
+def _encoded(
+    model: BagModel,
+    config: Config,
+    source: Source,
+    plan: Plan,
+    counts: list[int],
+    indices: Tensor | None,
+    means: Sequence[int] = (),
+) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
+    """Batches of embeddings h [P, B, F] per count, or their means as `dense_bags` has them.
+
+    Several counts only of a dense backbone, which encodes the grids of all of them in one pass.
+    """
+    if counts != [CENTER] and is_dense(model.backbone):
+        for views, labels in _batches(config, source, plan, indices, view_size(config), CENTER):
+            yield dense_bags(model, views[0], counts, plan, means), labels
+        return
+    (count,) = counts
+    for patches, labels in _batches(config, source, plan, indices, patch_size(config), count):
+        h = embed(model, patches.flatten(0, 1), plan)
+        yield {count: h.unflatten(0, patches.shape[:2])}, labels
+
+
 def _batches(
-    config: Config, source: Source, plan: Plan, indices: Tensor | None, kind: str, count: int
+    config: Config, source: Source, plan: Plan, indices: Tensor | None, size: int, count: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Unaugmented batches: grids of patches, or central squares (of view size for count 0)."""
+    """Unaugmented batches [P, B, 3, size, size]: grids of patches, or central squares."""
     a = config.augment
-    size = view_size(config) if kind == "center" and count == 0 else patch_size(config)
-    plain = Augment.none(size, a.mean, a.std, a.scale, a.ratio)
-    # As many patches in flight as a batch of training images has.
-    batch_size = plan.batch_size if kind == "center" else max(1, plan.batch_size // count)
+    # As many patches in flight as a batch of training images has, and no more than there are.
+    images = len(source) if indices is None else len(indices)
+    batch_size = max(1, min(plan.batch_size // max(count, 1), images))
+    kind = "center" if count == CENTER else "grid"
     with BagLoader(
         source,
         batch_size=batch_size,
         patches=max(count, 1),
-        augment=plain,
+        augment=Augment.none(size, a.mean, a.std, a.scale, a.ratio),
         sampler=kind,
         order=Order(
             shuffle=False, drop_last=False, indices=None if indices is None else indices.numpy()
         ),
-        output=Output(pin_memory=plan.device.type == "cuda"),
+        output=Output(views=views_at(plan.device), pin_memory=plan.device.type == "cuda"),
         decoding=Decoding(plan.on_error),
         threads=Threads(plan.num_threads),
     ) as loader:
         for batch in tqdm(loader, kind, leave=False, disable=not sys.stderr.isatty()):
-            yield batch.patches.to(plan.device), batch.labels
+            yield batch.to(plan.device).patches, batch.labels
+
+
+def views_at(device: torch.device) -> str:
+    """Where patches are cut, the loader's `views`: its threads are the C++ form of the op."""
+    cell = ops.cell("patch_views", device.type)
+    by_threads = cell == "cpu" or (cell == "kernels" and find_spec("triton") is None)
+    return "host" if by_threads else "device"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A trained encoder at work: images to bag embeddings, scikit-learn, graphs for other runtimes."""
+"""Using a trained encoder: images to bag embeddings, scikit-learn, graphs for other runtimes."""
 
 from bagssl_fast.inference.bag_encoder import BagEncoder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bagssl_fast._extension import _C
 from bagssl_fast.config import Config, patch_size
-from bagssl_fast.data import Source, open_files, open_source
+from bagssl_fast.data import ImageError, Source, open_files, open_source
 from bagssl_fast.data.pixels import is_path, split_images, to_array
 from bagssl_fast.data.source import is_image_name
 from bagssl_fast.distributed import ranks
 from bagssl_fast.evaluation.features import (
     CENTER,
-    Collector,
     Plan,
-    dense_bags,
-    embed,
-    extract,
+    extract_folded,
     fold_batch_norm,
     view_size,
 )
@@ -39,21 +36,21 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class BagEncoder:
     """A trained encoder as a function from images to the embeddings of their bags.
 
-    An image's bag is the grid of patches that `python -m bagssl_fast.evaluate` takes, at the same
-    places and scale, and the embedding is the mean over it: `BagEncoder(..., patches=n)` has the
-    numbers of `evaluate --patches n`.
+    An image's bag is the grid of patches of `python -m bagssl_fast.evaluate`, at the same places
+    and scale, and the embedding is the mean over it: `BagEncoder(..., patches=n)` gives the numbers
+    of `evaluate --patches n`.
 
     Args:
         model: Backbone and head.
-        config: Their configuration; of `augment` the size, scale, ratio and normalization count.
+        config: Their configuration; of `augment` size, scale, ratio and normalization are used.
         patches: Patches per image, a square number n * n; or "center": one patch that shows the
             whole central square of the image.
         layer: "embedding" (what evaluation pools) or "projection" (where the loss lives).
         normalize: Divide each result by its L2 norm.
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        precision: Of the forward pass: fp32, bf16 or fp16 (bf16 is what `evaluate` takes on CUDA).
-        batch_size: Images per forward pass; 0 takes 32 on a CPU (for its caches), else 256. Where
-            patches are encoded one by one, so many patches.
+        precision: Of the forward pass: fp32, bf16 or fp16 (`evaluate` uses bf16 on CUDA).
+        batch_size: Images per forward pass, or patches where these are encoded one by one; 0 for
+            32 on a CPU (for its caches), else 256.
         num_threads: Threads that decode and cut; 0 for a choice by the machine.
 
     Attributes:
@@ -82,7 +79,7 @@ class BagEncoder:
                 f"{', '.join(LAYERS)}, and one of {', '.join(PRECISIONS)}"
             )
         place = ranks.pick_device(device)
-        # What trains beside a model, such as BYOL's targets, stays behind.
+        # What only training needs, such as BYOL's targets, is left out.
         bare = BagModel(model.backbone, model.head, model.dense, model.stride)
         self.model = fold_batch_norm(bare).to(place)
         self.config, self.layer, self.normalize = config, layer, normalize
@@ -138,50 +135,32 @@ class BagEncoder:
             return torch.zeros(0, self.dim)
         if all(is_path(item) for item in items):
             return self._finish(self._of_source(open_files(items)))
-        return self._finish(self._of_pixels(items))
+        return self._finish(self._of_items(items))
 
     def _of_source(self, source: Source) -> Tensor:
-        features, _ = extract(self.model, self.config, source, self.plan)
+        features, _ = extract_folded(self.model, self.config, source, self.plan)
         return features[LAYERS[self.layer], self.plan.counts[0]]
 
-    @torch.inference_mode()
-    def _of_pixels(self, items: Sequence[Any]) -> Tensor:
-        """As `extract`, for images that no source holds."""
-        count, collected = self.plan.counts[0], Collector()
-        one_by_one = count != CENTER and not is_dense(self.model.backbone)
-        step = max(1, self.plan.batch_size // (count if one_by_one else 1))
-        for begin in range(0, len(items), step):
-            chunk = items[begin : begin + step]
-            arrays = [to_array(item, begin + i) for i, item in enumerate(chunk)]
-            h = self._embed(arrays, count)
-            collected.add(self.model, self.plan, {count: h}, torch.zeros(len(chunk)))
-        return collected.features()[LAYERS[self.layer], count]
+    def _of_items(self, items: Sequence[Any]) -> Tensor:
+        """Images in memory, and paths among them."""
+        refused: dict[int, Exception] = {}
 
-    def _embed(self, arrays: list[NDArray[np.uint8]], count: int) -> Tensor:
-        """h [P, B, F] of the bags of images."""
-        crop = self.config.augment
-        sizes = np.array([array.shape[:2] for array in arrays], np.int64)
-        size = patch_size(self.config)
-        if count == CENTER:
-            table = _C.center_views(sizes)
-        elif is_dense(self.model.backbone):
-            table, size = _C.center_views(sizes), view_size(self.config)
-        else:
-            table = _C.grid_views(crop, sizes, patches=count)
-        cut = _C.patch_views(
-            arrays,
-            table,
-            size=(size, size),
-            mean=crop.mean,
-            std=crop.std,
-            num_threads=self.plan.num_threads,
-        )
-        patches = torch.from_numpy(cut).permute(0, 1, 4, 2, 3).to(self.plan.device)
-        if count != CENTER and is_dense(self.model.backbone):
-            means = [] if "z" in self.plan.layers(count) else [count]
-            return dense_bags(self.model, patches[0], [count], self.plan, means)[count]
-        h = embed(self.model, patches.flatten(0, 1), self.plan)
-        return h.unflatten(0, patches.shape[:2])
+        def read(i: int) -> bytes | NDArray[np.uint8]:
+            try:
+                return Path(items[i]).read_bytes() if is_path(items[i]) else to_array(items[i], i)
+            except Exception as error:
+                refused[i] = error
+                raise
+
+        def name(i: int) -> str:
+            return os.fspath(items[i]) if is_path(items[i]) else f"image {i}"
+
+        try:
+            return self._of_source(Source.from_function(read, len(items), name=name))
+        except ImageError:
+            if refused:  # what `read` said names the image, and has its own type
+                raise refused[min(refused)] from None
+            raise
 
     def _finish(self, x: Tensor) -> Tensor:
         x = x.cpu().clone()  # outside of inference mode: a probe may be trained on it
@@ -202,13 +181,14 @@ def _check_count(patches: int | str, config: Config, dense: bool) -> int:
         raise ValueError(f'BagEncoder: patches {patches!r}; expected 1, 4, 9, 16, ... or "center"')
     if round(patches**0.5) ** 2 != patches:
         raise ValueError(
-            f"BagEncoder: patches {patches} is no square: bags are n x n grids, take 1, 4, 9, 16"
+            f"BagEncoder: patches {patches} is not a square number: bags are n x n grids, "
+            "expected 1, 4, 9, 16, ..."
         )
     if dense:
         side = view_size(config) - patch_size(config) + 1
         if patches > side * side:
             raise ValueError(
                 f"BagEncoder: patches {patches}: a view of {view_size(config)} pixels holds "
-                f"{side * side} patches of {patch_size(config)}; take at most so many"
+                f"{side * side} patches of {patch_size(config)} pixels; ask for at most that many"
             )
     return int(patches)

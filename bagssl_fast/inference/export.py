@@ -1,4 +1,4 @@
-"""A trained encoder's files for elsewhere: the model, and the backbone under its host's names."""
+"""A trained encoder as files: the model, and the backbone under the names of its own library."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The bag encoder as a graph of torch's own operations, for `torch.export` and ONNX.
 
-Two forms, of which neither needs this package where it runs: from whole images, cutting included
-(`ImageGraph`), and from patches that somebody else has cut (`PatchGraph`).
+Two forms, neither of which needs this package where it runs: from whole images, cutting included
+(`ImageGraph`), and from patches that are already cut (`PatchGraph`).
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class PatchGraph(nn.Module):
 
 
 class ImageGraph(PatchGraph):
-    """Images of one size to pooled embeddings, the bag cut on the way.
+    """Images of one size to pooled embeddings, cutting the bag included.
 
     Crop and antialiased resize are one product with a banded matrix per axis, of which the sizes
     may vary from call to call; pixels are rounded after each, as torchvision and the loader do.
 
     Args:
-        encoder: Its `patches` and all that `PatchGraph` takes.
+        encoder: Its `patches`, and what `PatchGraph` reads.
     """
 
     def __init__(self, encoder: BagEncoder) -> None:
@@ -140,7 +140,7 @@ def to_program(encoder: BagEncoder, takes: str = "images") -> ExportedProgram:
         ValueError: For another `takes`.
     """
     if takes not in TAKES:
-        raise ValueError(f"takes {takes!r} is none of {', '.join(TAKES)}")
+        raise ValueError(f"takes={takes!r}, expected one of {', '.join(TAKES)}")
     size = patch_size(encoder.config)
     if takes == "images":
         graph: PatchGraph = ImageGraph(encoder)
@@ -150,7 +150,7 @@ def to_program(encoder: BagEncoder, takes: str = "images") -> ExportedProgram:
         graph = PatchGraph(encoder)
         example = torch.zeros(3, 2, 3, size, size, dtype=torch.uint8)
         free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    with torch.no_grad(), ops.use_impl("reference"):  # whose operators everybody knows
+    with torch.no_grad(), ops.use_impl("reference"):  # torch's own operators
         return torch.export.export(graph, (example,), dynamic_shapes=(free,))
 
 

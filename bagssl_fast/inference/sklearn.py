@@ -14,8 +14,8 @@ try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 except ImportError as error:
     raise ImportError(
-        "bagssl_fast.bag_features is a transformer for scikit-learn, which is not installed: "
-        "pip install scikit-learn, or use bagssl_fast.bag_encoder.BagEncoder alone"
+        "bagssl_fast.inference.sklearn is a transformer for scikit-learn, which is not installed: "
+        "pip install scikit-learn, or use bagssl_fast.inference.BagEncoder without it"
     ) from error
 
 
@@ -53,16 +53,16 @@ class BagFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         self.num_threads = num_threads
 
     def fit(self, X: Any, y: Any = None) -> BagFeatures:
-        """Reads the encoder, to fail now rather than later; looks at neither X nor y."""
+        """Reads the encoder, so that a wrong path fails here; X and y are not used."""
         self._read()
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
-        """Images, whatever `BagEncoder` takes, to float32 [N, dim]."""
+        """Images, in any form that `BagEncoder` accepts, to float32 [N, dim]."""
         return np.asarray(self._read()(X).numpy())
 
     def _read(self) -> BagEncoder:
-        """The encoder of the present parameters."""
+        """The encoder of the current parameters."""
         options = self.get_params()
         if getattr(self, "_options", None) != options:
             rest = {name: value for name, value in options.items() if name != "run"}

@@ -1,7 +1,7 @@
 """Our ops in other people's training code: see docs/swap-in.md.
 
-Each `apply_to_*` replaces pieces of one codebase by forms with the same arguments, shapes, values
-and gradients, logs what it replaced, and returns a `Handle` that puts everything back. Nothing
+Each `apply_to_*` replaces pieces of one codebase by ours, with the same arguments, shapes, values
+and gradients, logs what it replaced, and returns a `Handle` that restores everything. Nothing
 happens at import. The same pieces are classes and functions by name in `integrations.lightly`,
 `.solo_learn`, `.vicreg` and `.emp_ssl`.
 """

@@ -3,7 +3,7 @@
 All arithmetic is float32 (float64 if the projections are), also under autocast, and so is the
 result. Over ranks the value is the host's: its invariance is that of the rank's own images, the
 statistics are those of all. The gradient is that of one device over the global batch once DDP has
-averaged it (`bagssl_fast/distributed.py`).
+averaged it (`distributed/collectives.py`).
 """
 
 import torch
@@ -18,7 +18,7 @@ from bagssl_fast.losses._correlation import cross_correlation
 
 
 class ShapeError(ValueError, AssertionError):
-    """What a host asserts and this package says by ValueError: callers may expect either."""
+    """Where a host uses `assert` and we raise ValueError: callers may expect either."""
 
 
 def all_ranks() -> ProcessGroup | None:

@@ -1,4 +1,4 @@
-"""Replace attributes of other people's modules, classes and instances, and put them back."""
+"""Replace attributes of other people's modules, classes and instances, and restore them."""
 
 import importlib
 import inspect
@@ -23,7 +23,7 @@ class _Change(NamedTuple):
 
 
 class Handle:
-    """What `apply_to_*` replaced, and the way back: `revert()`, or the end of a `with` block.
+    """What `apply_to_*` replaced; `revert()` or the end of a `with` block restores it.
 
     Attributes:
         host: Whose code was changed.
@@ -48,7 +48,7 @@ class Handle:
 
     def plan_function(self, piece: str, module: Any, name: str, function: Any) -> None:
         """Will replace `module.name` there and in every module that has imported it by name."""
-        old, new = getattr(module, name), seeing(function, {})  # a copy: ours by name is left alone
+        old, new = getattr(module, name), with_globals(function, {})  # a copy
         self.plan(piece, module, name, new)
         self._functions.append((name, old, new))
 
@@ -57,7 +57,7 @@ class Handle:
         return any(change.piece == piece for change in self._planned)
 
     def commit(self, note: str = "") -> "Handle":
-        """Does what was planned, all of it or nothing, and logs one line.
+        """Makes all planned replacements, or none of them, and logs one line.
 
         Raises:
             ValueError: Nothing was planned, or something is replaced already.
@@ -65,13 +65,13 @@ class Handle:
         if not self._planned:
             raise ValueError(
                 f"{self.host}: nothing to replace: every piece is switched off, or the model has "
-                "none of the pieces that are on"
+                "none of those that are on"
             )
         for change in self._planned:
             if getattr(change.old, "__module__", "").startswith("bagssl_fast."):
                 raise ValueError(
-                    f"{self.host}: {change.piece} is bagssl_fast's already; revert() the handle of "
-                    "the earlier apply first"
+                    f"{self.host}: {change.piece} has already been replaced by bagssl_fast; call "
+                    "revert() of the earlier handle first"
                 )
         for change in self._planned:
             setattr(change.owner, change.name, change.new)
@@ -83,16 +83,16 @@ class Handle:
         return self
 
     def revert(self) -> None:
-        """Puts everything back, newest first; a second call does nothing.
+        """Restores everything, newest first; a second call does nothing.
 
         Raises:
-            RuntimeError: Somebody else has replaced a piece since; revert theirs first.
+            RuntimeError: Other code has replaced a piece since; undo that first.
         """
         for change in self._changes:
             if _bare(vars(change.owner).get(change.name)) is not _bare(change.new):
                 raise RuntimeError(
-                    f"{self.host}: {change.piece} was replaced again by somebody else; undo that "
-                    "first, then revert()"
+                    f"{self.host}: {change.piece} was replaced again by other code; undo that "
+                    "first, then call revert()"
                 )
         for change in reversed(self._changes):
             if change.old is _ABSENT:
@@ -102,7 +102,7 @@ class Handle:
         for name, old, new in self._functions:
             _swap_everywhere(name, new, old)
         if self._changes:
-            logger.info("%s: put back %s", self.host, ", ".join(self.replaced))
+            logger.info("%s: restored %s", self.host, ", ".join(self.replaced))
         self._changes, self._functions, self.replaced = [], [], []
 
     def __enter__(self) -> "Handle":
@@ -112,18 +112,18 @@ class Handle:
         self.revert()
 
     def __repr__(self) -> str:
-        return f"<{self.host}: {', '.join(self.replaced) or 'as it was'}>"
+        return f"<{self.host}: {', '.join(self.replaced) or 'nothing replaced'}>"
 
 
 def _swap_everywhere(name: str, old: Any, new: Any) -> None:
-    """`from host import f` binds f anew in every module that does it: all of them are changed."""
+    """Every module that did `from host import f` has its own f: all of them are changed."""
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType) and vars(module).get(name) is old:
             setattr(module, name, new)
 
 
-def seeing(function: Any, names: dict[str, Any]) -> FunctionType:
-    """A copy of a function, which finds `names` where it looks for global ones."""
+def with_globals(function: Any, names: dict[str, Any]) -> FunctionType:
+    """A copy of a function whose global names are those of its module, and `names` over them."""
     copy = FunctionType(
         function.__code__,
         {**function.__globals__, **names},
@@ -140,7 +140,7 @@ def import_host(name: str, host: str, how_to_fix: str) -> ModuleType:
     """The host's module.
 
     Raises:
-        ImportError: It cannot be imported; says what was expected, why not, and how to fix it.
+        ImportError: It cannot be imported; names the module, the reason and the fix.
     """
     try:
         return importlib.import_module(name)
@@ -152,7 +152,7 @@ def find_class(host: str, module: Any, name: str) -> type:
     """The host's class.
 
     Raises:
-        ValueError: The module has none; says what was expected and how to fix it.
+        ValueError: The module has none; names what was expected and the fix.
     """
     found = getattr(module, name, None)
     if not isinstance(found, type):
@@ -164,7 +164,7 @@ def find_class(host: str, module: Any, name: str) -> type:
 
 
 def owners(theirs: type, model: nn.Module | None) -> list[Any]:
-    """What is to be changed: the host's class, or its instances in `model`."""
+    """What to change: the host's class, or its instances in `model`."""
     if model is None:
         return [theirs]
     return [module for module in model.modules() if isinstance(module, theirs)]
@@ -174,7 +174,7 @@ def check_signature(host: str, owner: Any, name: str, needed: tuple[str, ...]) -
     """Refuses a host whose function does not take the arguments that were replaced.
 
     Raises:
-        ValueError: Names what came, what is supported, and how to fix it.
+        ValueError: Names the arguments found, those supported, and the fix.
     """
     function = getattr(owner, name, None)
     code = getattr(_bare(function), "__code__", None)
@@ -186,14 +186,14 @@ def check_signature(host: str, owner: Any, name: str, needed: tuple[str, ...]) -
     came = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     if came != needed:
         raise ValueError(
-            f"{host}: {_label(owner)}.{name} takes ({', '.join(came)}), supported is "
+            f"{host}: {_label(owner)}.{name} has the arguments ({', '.join(came)}), expected "
             f"({', '.join(needed)}), see docs/swap-in.md for versions; switch this piece off by "
             "its argument"
         )
 
 
 def _bare(function: Any) -> Any:
-    """Without the wrapper that torch.optim.Optimizer lays around `step`."""
+    """Without the wrapper that torch.optim.Optimizer puts around `step`."""
     return inspect.unwrap(function) if callable(function) else function
 
 

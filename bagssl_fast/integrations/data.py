@@ -1,7 +1,7 @@
 """Our data path in other people's scripts: a loader, a data set, and a transform.
 
-`MultiCropLoader` stands where a script has its DataLoader, `BagDataset` where it has its data set
-with a multi-crop transform, `PatchViews` where it augments uint8 batches on the device.
+`MultiCropLoader` replaces a script's DataLoader, `BagDataset` its data set with a multi-crop
+transform, and `PatchViews` the augmentation of uint8 batches on the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAYOUTS = ("pair", "lightly", "solo_learn")
 
 
 class MultiCropLoader(BagLoader):
-    """A `BagLoader` whose batches look like a multi-crop DataLoader's.
+    """A `BagLoader` whose batches have the form of a multi-crop DataLoader's.
 
     A batch's crops are a list of P tensors [B, 3, h, w], channels-last in memory. As in `BagLoader`
     their memory is used again after two more batches were taken: clone what is kept longer.
@@ -98,7 +98,7 @@ class BagDataset(Dataset[tuple[list[Tensor], int]]):
     ) -> None:
         self.source = open_source(source)
         self.views = PatchViews(augment, patches, seed=seed)
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers share it
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the bags, also in workers that run already."""
@@ -109,15 +109,14 @@ class BagDataset(Dataset[tuple[list[Tensor], int]]):
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
         index = range(len(self))[index]  # also from the end, and IndexError beyond it
-        image = self.source.decode(index)
-        place = torch.tensor([index])
-        patches = self.views([torch.from_numpy(image)], place, epoch=int(self._epoch))
+        image = torch.from_numpy(self.source.decode(index))
+        patches = self.views([image], torch.tensor([index]), epoch=int(self._epoch))
         labels = self.source.labels
         return list(patches[:, 0]), -1 if labels is None else int(labels[index])
 
 
 class PatchViews(nn.Module):
-    """Cuts and augments the P patches of uint8 batches where they lie: on a GPU by one kernel.
+    """Cuts and augments the P patches of uint8 batches on their device: on a GPU by one kernel.
 
     Args:
         augment: How patches are made; of a tuple, slot p uses entry p % len (these may differ in
@@ -158,7 +157,7 @@ class PatchViews(nn.Module):
         self.patches, self.seed, self.dtype, self.impl = patches, seed, dtype, impl
         for each in self.augments:
             _C.check_augment(each)
-        # Counts the images seen, so that every call draws anew, also after a state was loaded.
+        # Counts the images so far: every call has other draws, also after a state was loaded.
         self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
 
     def forward(
@@ -172,7 +171,7 @@ class PatchViews(nn.Module):
         Args:
             images: uint8 [B, 3, H, W] or [B, H, W, 3], or B tensors [H, W, 3] of any sizes.
             index: Places in the data set, int64 [B]: with (seed, epoch) they decide what is drawn.
-                Without them every call draws anew.
+                Without them every call has other draws.
             epoch: Of the draws.
         """
         images = _channels_last(images)
@@ -218,5 +217,5 @@ def _channels_last(images: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tenso
     if images.shape[3] == 3:
         return images
     if images.shape[1] != 3:
-        raise ValueError(f"PatchViews: images {list(images.shape)} have no 3 channels")
+        raise ValueError(f"PatchViews: images are {list(images.shape)}, expected 3 channels")
     return images.permute(0, 2, 3, 1).contiguous()

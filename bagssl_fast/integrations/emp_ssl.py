@@ -46,7 +46,7 @@ class Similarity_Loss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """P tensors [B, D] -> (the loss, the mean cosine detached).
 
-        As in EMP-SSL's code `z_avg` is not looked at, the mean is taken here.
+        As in EMP-SSL's code `z_avg` is not used: the mean is computed here.
         """
         cosine = ops.bag_pool(torch.stack(list(z_list)), cosine=True).cosine
         assert cosine is not None
@@ -55,7 +55,7 @@ class Similarity_Loss(nn.Module):
 
 
 def cal_TCR(z: Tensor, criterion: Callable[[Tensor], Tensor], num_patches: int) -> Tensor:
-    """The mean of `criterion` over the slots of z [P * B, D]; a TotalCodingRate in one go."""
+    """The mean of `criterion` over the slots of z [P * B, D]; TotalCodingRate is one call."""
     slots = _slots("cal_TCR", z, num_patches)
     if type(criterion).__name__ == "TotalCodingRate":
         return -ops.tcr(slots, eps=criterion.eps).mean()  # type: ignore[attr-defined]
@@ -87,7 +87,7 @@ def apply_to_emp_ssl(
 
     Args:
         module: `sys.modules[__name__]` in the script; or its module `loss`, `func`, `model.model`.
-        tcr: Replace `TotalCodingRate` and `cal_TCR`, which then takes all patches in one go.
+        tcr: Replace `TotalCodingRate` and `cal_TCR`, which then computes all patches in one call.
         similarity: Replace `Similarity_Loss`.
         pool: Replace `chunk_avg`.
         head: Replace what `encoder.forward` does after the backbone. No gain on a CPU.

@@ -1,8 +1,8 @@
-"""Projection heads of other codebases: their modules and state dict, our `linear_bn_relu`.
+"""Projection heads of other codebases: their modules and state dicts, our `linear_bn_relu`.
 
 A head is an `nn.Sequential` of Linear, BatchNorm1d (or SyncBatchNorm) and ReLU. `fused_forward`
 runs it with each such group as one op on the host's own parameters, so that state dicts, parameter
-groups and `convert_sync_batchnorm` see what they always saw.
+groups and `convert_sync_batchnorm` work as before.
 
 A Linear that feeds a batch norm may have a bias (VICReg's and solo-learn's have): it cancels in
 training. It still moves the running mean, and its gradient is exactly 0, where the host's is
@@ -21,7 +21,7 @@ from bagssl_fast import ops
 
 
 def fused_forward(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """What `layers(x)` gives; groups of Linear, batch norm and ReLU (or none) are one op."""
+    """The result of `layers(x)`; each Linear, batch norm and ReLU (if any) in a row are one op."""
     modules = list(layers)
     at = 0
     while at < len(modules):
@@ -41,14 +41,14 @@ def check_head(host: str, layers: object) -> None:
     if not isinstance(layers, nn.Sequential):
         raise ValueError(
             f"{host}: the projection head is a {type(layers).__name__}, supported is nn.Sequential "
-            "of Linear, BatchNorm1d and ReLU; leave it to the host by its argument"
+            "of Linear, BatchNorm1d and ReLU; switch this piece off by its argument"
         )
     if not any(_is_fusible(*pair) for pair in itertools.pairwise(layers)):
         names = ", ".join(type(layer).__name__ for layer in layers)
         raise ValueError(
             f"{host}: the projection head ({names}) has no Linear followed by a BatchNorm1d or "
-            "SyncBatchNorm with affine=True and a momentum (and no hooks on them); leave it to the "
-            "host by its argument"
+            "SyncBatchNorm with affine=True and a momentum (and no hooks on them); switch this "
+            "piece off by its argument"
         )
 
 
@@ -111,7 +111,7 @@ def _linear_bn_relu(x: Tensor, linear: nn.Linear, norm: nn.BatchNorm1d, relu: bo
 
 
 def _group(norm: nn.BatchNorm1d) -> ProcessGroup | None:
-    """The ranks over which a SyncBatchNorm takes its statistics."""
+    """The ranks that share a SyncBatchNorm's statistics."""
     if not isinstance(norm, nn.SyncBatchNorm) or not dist.is_initialized():
         return None
     group: ProcessGroup | None = norm.process_group or dist.group.WORLD

@@ -1,10 +1,10 @@
 """lightly (1.5, 1.6): `apply_to_lightly`, and its losses and heads by name.
 
     from bagssl_fast.integrations import apply_to_lightly
-    apply_to_lightly()  # lightly's own classes, also where they were imported or built before
+    apply_to_lightly()  # changes lightly's classes: existing objects and imports change, too
 
-or, without a patch, `from bagssl_fast.integrations.lightly import VICRegLoss`: same constructor,
-same `forward`.
+or, without changing lightly, `from bagssl_fast.integrations.lightly import VICRegLoss`: same
+constructor, same `forward`.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ class EMPSSLLoss(nn.Module):
     """EMP-SSL's loss of a bag's patches, with the sign of its authors' code.
 
     lightly (up to 1.6) *adds* the coding rate, so that its loss is lower the closer the patches
-    have collapsed; here it is subtracted, as in the paper.
+    collapse; here it is subtracted, as in the paper.
 
     Args:
         tcr_eps: Distortion of the coding rate (the paper's epsilon squared).
@@ -182,7 +182,7 @@ def apply_to_lightly(
     """Gives lightly's losses (and heads) our forward: same arguments, value and gradient.
 
     Args:
-        vicreg: Replace `VICRegLoss` (and with it what VICRegL takes from it).
+        vicreg: Replace `VICRegLoss` (and so the part of VICRegL that uses it).
         barlow_twins: Replace `BarlowTwinsLoss`.
         emp_ssl: Replace `EMPSSLLoss`. **Corrects its sign**: lightly adds the coding rate.
         projection_head: Replace the forward of heads built on lightly's `ProjectionHead`. No

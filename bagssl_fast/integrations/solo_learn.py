@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagssl_fast.integrations import _losses
-from bagssl_fast.integrations._patching import Handle, check_signature, import_host, seeing
+from bagssl_fast.integrations._patching import Handle, check_signature, import_host, with_globals
 from bagssl_fast.integrations.heads import check_head, fused_forward
 
 HOST = "solo-learn"
@@ -73,7 +73,7 @@ def apply_to_solo_learn(
     """Gives solo-learn's methods our losses (and projector): same arguments, value and gradient.
 
     Args:
-        vicreg: Replace `vicreg_loss_func`, wherever it was imported.
+        vicreg: Replace `vicreg_loss_func`, also in modules that have imported it.
         barlow: Replace `barlow_loss_func`. **Corrects its gradient over ranks**: over W ranks
             solo-learn's is 1 / W of that of its value.
         projector: Replace the forward of `VICReg`'s and `BarlowTwins`' projector. No gain on a
@@ -104,7 +104,7 @@ def apply_to_solo_learn(
             if model is None:
                 handle.plan_function(name, module, name, ours)
             elif name in vars(sys.modules[type(model).__module__]):
-                step = seeing(type(model).training_step, {name: ours})
+                step = with_globals(type(model).training_step, {name: ours})
                 handle.plan_method(name, model, "training_step", step)
         if projector and model is None:
             _plan_class_projector(handle, module_name, method)

@@ -43,7 +43,7 @@ def vicreg_loss(x: Tensor, y: Tensor, args: Any) -> Tensor:
 
 
 def Projector(args: Any, embedding: int) -> nn.Sequential:
-    """The authors' expander of `args.mlp`, "8192-8192-8192" say; loads and saves its state dict."""
+    """The authors' expander of `args.mlp`, such as "8192-8192-8192"; has its state dict."""
     try:
         dims = [embedding, *map(int, args.mlp.split("-"))]
     except ValueError as error:
@@ -69,7 +69,7 @@ def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 def lars_step(self: Any) -> None:
-    """The `LARS.step` that is put in place of the authors': tensors of like settings at once."""
+    """The `LARS.step` that is put in place of the authors': tensors of equal settings at once."""
     for group in self.param_groups:
         parts: dict[tuple[bool, bool], list[Tensor]] = {}
         for p in group["params"]:
@@ -100,7 +100,7 @@ def apply_to_vicreg(
         loss: Replace what `VICReg.forward` does after the projector.
         lars: Replace `LARS.step`: the same steps, many tensors at once. Not with `model`.
         projector: Replace `Projector` (in a `model`, its projector's forward). No gain on a CPU.
-        model: Change only this `VICReg` (or what is inside this module, DDP say); None changes
+        model: Change only this `VICReg` (or those inside this module, such as DDP); None changes
             the script's classes and functions.
 
     Returns:

@@ -1,7 +1,7 @@
 """Losses over bags, as modules: `loss, terms = VICReg()(z)` with z [P, B, D].
 
-`terms` are detached scalars, each named and signed so that a reader of a log knows what is good:
-they are unweighted, and a loss subtracts what should grow. All arithmetic is float32 (float64 if z
+`terms` are detached, unweighted scalars under the names that the metrics show; a loss subtracts
+those that should grow. All arithmetic is float32 (float64 if z
 is), also under autocast. With a `group`, every rank returns the loss of the global batch; the
 gradient convention is that of `distributed/collectives.py`: DDP's averaging makes it the gradient
 of one device.
@@ -53,7 +53,7 @@ def build_loss(name: str, **options: Any) -> nn.Module:
         ValueError: an unknown name or option.
     """
     if name not in LOSSES:
-        raise ValueError(f"loss {name!r} is none of {', '.join(LOSSES)}")
+        raise ValueError(f"unknown loss {name!r}; expected one of {', '.join(LOSSES)}")
     check_options(f"loss {name}", options, LOSSES[name], hidden=("group",))
     try:
         return LOSSES[name](**options)

@@ -2,8 +2,8 @@
 
     C = x^T y / B [D, D];   sum_ij C_ij^2 = sum_ab (x x^T)_ab (y y^T)_ab / B^2
 
-Barlow Twins wants C's diagonal and the sum of all squares; the right-hand side takes them from two
-B x B Gram matrices: 4 B D B multiply-adds with the gradient where C's way takes 3 B D D, and
+Barlow Twins needs C's diagonal and the sum of all squares; the right-hand side gives that sum from
+two B x B Gram matrices: 4 B D B multiply-adds with the gradient where C itself needs 3 B D D, and
 2 B D + 2 B B words kept for backward instead of several D D.
 """
 

@@ -37,7 +37,7 @@ class BarlowTwins(nn.Module):
             check_images("BarlowTwins", z)
             var, mean = torch.var_mean(z, dim=1, correction=0, keepdim=True)
             z = (z - mean) * torch.rsqrt(var + self.eps)
-            # Of two slots, the pair and its mirror image have one value: once is enough.
+            # The pair (0, 1) and its mirror image (1, 0) have the same value.
             firsts, seconds = (z[:1], z[1:]) if num_slots == 2 else (z, z.roll(-1, dims=0))
             diagonal, squares = cross_correlation(firsts, seconds)
             on_diagonal = (diagonal - 1).square().sum(dim=1).mean()

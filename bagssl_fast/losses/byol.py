@@ -12,7 +12,7 @@ from bagssl_fast.losses._common import LossOutput, check_slots, detached, full
 
 
 class BYOL(nn.Module):
-    """BYOL (2006.07733): what a predictor makes of a patch is its siblings' moving-average target.
+    """BYOL (2006.07733): a predictor guesses the moving-average targets of a patch's siblings.
 
     loss = 2 - 2 * agreement, the mean over ordered pairs of different slots of the cosine between
     the prediction of one and the target of the other, in O(P). z holds prediction and target side

@@ -28,8 +28,8 @@ class SIGReg(nn.Module):
         lambda_sigreg: Weight of the regularizer, in [0, 1].
         num_directions: Directions per step.
         t_max: The statistic's integral runs over [-t_max, t_max].
-        num_points: Its equidistant points there, an odd number. The authors' later code has
-            t_max = 3 and the like of 33 points here.
+        num_points: Equidistant points of that integral, an odd number. The authors' later code has
+            t_max = 3 and what corresponds to 33 points here.
         seed: Of the directions.
         group: The ranks that share a batch.
     """
@@ -55,7 +55,7 @@ class SIGReg(nn.Module):
         self.step = 0
 
     def directions(self, z: Tensor) -> Tensor:
-        """The unit directions [D, M] of the step at hand, of the type of z [P, B, D]."""
+        """The unit directions [D, M] of the current step, in the dtype of z [P, B, D]."""
         seed = self.seed * 1_000_003 + self.step  # CPU generators read 32 bits
         return _sketch.unit_directions(
             z.shape[-1], self.num_directions, seed=seed, dtype=z.dtype, device=z.device

@@ -31,7 +31,7 @@ class VICReg(nn.Module):
         super().__init__()
         if convention not in ops.CONVENTIONS:
             names = ", ".join(ops.CONVENTIONS)
-            raise ValueError(f"VICReg: convention {convention!r} is none of {names}")
+            raise ValueError(f"VICReg: convention {convention!r}; expected one of {names}")
         self.sim_coeff, self.std_coeff, self.cov_coeff = sim_coeff, std_coeff, cov_coeff
         self.gamma, self.eps, self.convention = gamma, eps, convention
         self.group, self.impl = group, impl

@@ -20,7 +20,7 @@ pass, and `BagModel(..., dense=True)`, the evaluation, `BagEncoder` and the expo
             return WindowMaps([x.permute(0, 2, 3, 1)], [Window()])
 
 It has to give each patch the embedding that `forward` gives it alone (in eval mode, up to
-rounding), wherever in the image the patch stands. So no layer may look beyond the patch: no
+rounding), at any place of the image. So no layer may look beyond the patch: no
 padding, no attention between patches, no position in the image.
 """
 
@@ -43,7 +43,7 @@ class DenseMaps(Protocol):
         """Embeddings `[P, N, F]`, positions in row-major order.
 
         Args:
-            picked: Rows of the grid, and likewise columns, that are expected; P is then
+            picked: The rows of the grid, and likewise columns, to give; P is then
                 `len(picked) ** 2`. None for all R * C.
         """
 

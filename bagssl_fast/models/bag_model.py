@@ -21,7 +21,7 @@ class BagModel(nn.Module):
     """Backbone and head over bags, slot-major.
 
     Args:
-        backbone: maps `[N, C, h, w]` to `[N, F]`, see `encoders.build_encoder`.
+        backbone: maps `[N, C, h, w]` to `[N, F]`, see `backbone.py`.
         head: `Projector` or `EMPHead`; maps embeddings to projections.
         dense: whether training input is whole views, of which the backbone encodes every patch on
             a grid in one pass, rather than patches.
@@ -68,8 +68,8 @@ class BagModel(nn.Module):
     def project(self, h: Tensor) -> Tensor:
         """Projections of embeddings: h `[..., F]` -> z `[..., D]`.
 
-        Of an embedding wider than the head's input (PatchNet's hypercolumn) the head sees the last
-        entries, the top layer's.
+        Of an embedding wider than the head's input (PatchNet's hypercolumn) the head reads the last
+        entries, those of the top layer.
         """
         return cast(Tensor, self.head(h[..., -self.head.embedding_dim :]))
 
@@ -102,8 +102,8 @@ class MomentumModel(BagModel):
     """A BagModel whose forward also gives targets: what BYOL (2006.07733) trains.
 
     The target network is a moving average of backbone and head, which follows them at the start of
-    every training step; a predictor guesses the targets from the projections. Evaluation sees
-    backbone and head as of any other model.
+    every training step; a predictor guesses the targets from the projections. Evaluation uses
+    backbone and head, as with any other model.
 
     Args:
         backbone, head, dense, stride: as of `BagModel`.

@@ -1,7 +1,8 @@
 """Backbones by name: what turns patches into embeddings.
 
-`backbone.py` says what a backbone is. PatchNet and PatchMLP (`patchnet.py`) are patch-local and so
-also encode every patch of a whole image in one pass; ResNets and timm models encode single patches.
+`backbone.py` defines what a backbone is. PatchNet and PatchMLP (`patchnet.py`) are patch-local and
+so also encode every patch of a whole image in one pass; ResNets and timm models encode single
+patches.
 """
 
 from typing import Any, cast
@@ -26,9 +27,9 @@ class Conv3x3(nn.Conv2d):
 
 
 def fast_convolutions(net: nn.Module) -> nn.Module:
-    """Lets the convolutions that `Conv3x3` serves run as such, in place.
+    """Makes the convolutions that `Conv3x3` can compute such ones, in place.
 
-    Parameters, their names and the memory they lie in stay as they are.
+    Parameters keep their names and their memory.
     """
     for conv in net.modules():
         if type(conv) is nn.Conv2d and _is_plain_3x3(conv):
@@ -47,7 +48,7 @@ def _is_plain_3x3(conv: nn.Conv2d) -> bool:
 
 
 class ImageBackbone(nn.Module):
-    """Wraps a network `[N, 3, h, w] -> [N, F]` with the attributes a backbone has here."""
+    """A network `[N, 3, h, w] -> [N, F]` with the attributes of a backbone."""
 
     def __init__(self, net: nn.Module, patch_size: int, feature_dim: int) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ def build_encoder(
 
     Args:
         name: "patchnet", "patchmlp", "resnet18", "resnet50" (both torchvision's), or a timm name.
-        patch_size: side of the patches it will see, in pixels.
+        patch_size: side of the patches it will encode, in pixels.
         width: base width of PatchNet and PatchMLP; their default if not given.
         pretrained: start from published weights (resnet50 and timm models; may download).
         options: passed on to the constructor, such as PatchNet's `depth`.
@@ -118,9 +119,9 @@ def _torchvision_resnet(
     small = patch_size <= CIFAR_STEM_MAX
     if small and pretrained:
         raise ValueError(
-            f"build_encoder: {name} takes the CIFAR stem for patches up to {CIFAR_STEM_MAX} "
-            f"pixels, which published weights do not fit; pretrained=False or larger patches than "
-            f"{patch_size}"
+            f"build_encoder: {name} has the CIFAR stem for patches up to {CIFAR_STEM_MAX} "
+            f"pixels, which published weights do not fit; set pretrained=False, or use patches "
+            f"larger than {CIFAR_STEM_MAX} (now {patch_size})"
         )
     hidden = ("block", "layers", "num_classes")
     check_options(f"encoder {name}", options, models.ResNet, hidden)
@@ -141,8 +142,8 @@ def _timm_model(
         import timm
     except ImportError as error:
         raise ValueError(
-            f"build_encoder: {name!r} is none of patchnet, patchmlp, resnet18, resnet50; if it is "
-            "a timm model, pip install timm"
+            f"build_encoder: unknown encoder {name!r}; expected patchnet, patchmlp, resnet18, "
+            "resnet50, or a timm model (pip install timm)"
         ) from error
     if not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:5]
@@ -160,6 +161,6 @@ def _timm_model(
         network = type(timm.create_model(name, num_classes=0))
         check_options(f"encoder {name}", options, network, hidden=("in_chans", "num_classes"))
         raise
-    with torch.no_grad():  # the size of its output is the one thing timm names in several ways
+    with torch.no_grad():  # timm has several names for the size of a model's output
         feature_dim = net.eval()(torch.zeros(1, 3, patch_size, patch_size)).shape[-1]
     return ImageBackbone(net.train(), patch_size, feature_dim)

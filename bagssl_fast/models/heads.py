@@ -60,7 +60,7 @@ class Projector(nn.Module):
         out: projection size D; `hidden` if not given.
         num_layers: linear layers in all, at least 1.
         last_bias: whether the last layer has a bias (VICReg's has none).
-        normalize: L2-normalize the projections (as TCR wants them).
+        normalize: L2-normalize the projections (TCR needs that).
     """
 
     def __init__(

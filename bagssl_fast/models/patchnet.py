@@ -19,9 +19,9 @@ class PatchNet(nn.Module):
 
     Valid convolutions shrink the patch (4x4, then 3x3, each with stride 2), pointwise blocks
     `relu(bn(conv1x1))` do the arithmetic between them, and the embedding is the mean over what is
-    left of the patch, 3x3 for a patch of 16. Nothing is padded, so a patch is encoded alike
-    wherever it stands, and `dense` encodes all patches of an image in one pass that computes what
-    overlapping patches share once.
+    left of the patch, 3x3 for a patch of 16. Nothing is padded, so a patch has the same embedding
+    at any place of an image, and `dense` encodes all patches of an image in one pass that computes
+    what overlapping patches share once.
 
     The stem starts at the cosine basis of its 4x4 pixels, each function in luminance and two
     color differences and with both signs. These are nearly the principal components of natural
@@ -30,7 +30,7 @@ class PatchNet(nn.Module):
 
     In eval mode `dense` equals patch by patch up to rounding. In training mode they differ in one
     thing: the batch statistics count each map location once in `dense`, but once for every patch
-    that covers it patch by patch, which gives the middle of an image more weight than its rim.
+    that covers it patch by patch, which gives the middle of an image more weight than its border.
 
     Args:
         patch_size: side of a patch in pixels, a multiple of 4, at least 8.
@@ -109,7 +109,7 @@ class PatchNet(nn.Module):
         """Embeddings of all patches of whole images on a grid of the given stride.
 
         The grid starts at the top left; with H positions as `range(0, H - patch_size + 1,
-        stride)`. Where the stride is no multiple of the network's own, convolutions are dilated
+        stride)`. Where the stride is not a multiple of the network's own, convolutions are dilated
         instead of strided, so that any grid, up to every position, is computed exactly.
 
         Args:
@@ -122,7 +122,7 @@ class PatchNet(nn.Module):
         return self.dense_maps(images, stride).patches()
 
     def dense_maps(self, images: Tensor, stride: int | None = None) -> WindowMaps:
-        """What `dense` reads the embeddings from; also gives some of them, or only their mean."""
+        """As `dense`, for some of the patches only, or for their mean without them."""
         stride = self.stride if stride is None else stride
         _check_dense(self, images, stride)
         step = 1  # the map's spacing in pixels were it strided as in `forward`

@@ -1,9 +1,9 @@
 """The dispatch page: which implementation of which op runs where, and the ops themselves.
 
-An op's implementation lies in `ops/<cell>/<op>.py` (`kernels/<op>.py`) and is called as the op. A
-missing cell is a written None: the reference runs there. What decides, in this order: the argument
-`impl=`, the process-wide choice of `set_impl`, the device of the input. Nothing ever falls back on
-an exception: what an implementation does not support is a ValueError that names
+An op is implemented in `ops/<cell>/<op>.py` (`kernels/<op>.py`), by a function of the op's name. A
+missing cell is a written None: the reference runs there. The cell is chosen by the argument
+`impl=`, else by `set_impl` for the whole process, else by the device of the input. Nothing falls
+back on an exception: what an implementation does not support is a ValueError that names
 `impl="reference"`.
 """
 
@@ -101,10 +101,10 @@ def patch_views(
         for i, image in enumerate(images):
             _check(op, f"images[{i}]", image, (torch.uint8,), 3, "[H, W, 3]")
     first = images if isinstance(images, Tensor) else images[0] if len(images) else params
-    cell = _chosen_cell(op, impl, first)
-    if isinstance(images, RaggedImages) and cell != "kernels":
+    chosen = _chosen_cell(op, impl, first.device.type)
+    if isinstance(images, RaggedImages) and chosen != "kernels":
         images = images.unpack()
-    run = _load(op, cell)
+    run = _load(op, chosen)
     return run(
         images,
         params,
@@ -136,13 +136,13 @@ def patch_embed(
         images: uint8 [B, H, W, C].
         weight: [M, C, h, w]; the result has its dtype.
         bias: [M] or None.
-        positions: integer (top, left), [P, 2] for all images alike or [P, B, 2].
+        positions: integer (top, left), [P, 2] for all images or [P, B, 2] for each.
         mean, std: per channel, of pixels in 0..1.
         relu: apply ReLU to the result.
         impl: "reference", "cpu" or "cuda"; by default what `table()` shows for the device.
 
     Raises:
-        ValueError: wrong rank, dtype or device; a patch that does not lie inside the image.
+        ValueError: wrong rank, dtype or device; a patch that is not inside the image.
     """
     op = "patch_embed"
     _check(op, "images", images, (torch.uint8,), 4, "[B, H, W, C]")
@@ -168,15 +168,7 @@ def patch_embed(
         )
     if bias is not None and tuple(bias.shape) != (out_dim,):
         raise ValueError(f"{op}: bias is {list(bias.shape)}, expected [{out_dim}]")
-    # On a GPU this check would wait for the device; there, positions are the caller's word.
-    if positions.numel() and positions.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = positions.amin().item(), positions.reshape(-1, 2).amax(dim=0).tolist()
-        if low < 0 or high[0] > height - patch_h or high[1] > width - patch_w:
-            raise ValueError(
-                f"{op}: positions reach from {low} to (top, left) = {tuple(high)}; patches of "
-                f"{patch_h}x{patch_w} inside {height}x{width} images end at "
-                f"({height - patch_h}, {width - patch_w})"
-            )
+    _check_positions(op, positions, height - patch_h, width - patch_w)
     run = _implementation(op, impl, images)
     return run(images, weight, bias, positions, mean=mean, std=std, relu=relu)
 
@@ -186,7 +178,7 @@ def conv3x3(x: Tensor, weight: Tensor, *, impl: str | None = None) -> Tensor:
 
     On a CPU, maps that are channels-last, float32 and large enough are convolved by Winograd's
     F(4x4, 3x3), which needs a quarter of the multiply-adds: forward, dx and dweight. It samples a
-    tile of 6x6 pixels at a time: a NaN reaches every pixel of the 4x4 tiles that see it.
+    tile of 6x6 pixels at a time: a NaN reaches every pixel of the 4x4 tiles that read it.
 
     Args:
         x: [N, C, H, W].
@@ -312,7 +304,9 @@ def vicreg(
     if num_slots < 2:
         raise ValueError(f"{op}: {num_slots} slots in z {list(z.shape)}, pairs need at least 2")
     if convention not in CONVENTIONS:
-        raise ValueError(f"{op}: convention {convention!r} is none of {', '.join(CONVENTIONS)}")
+        raise ValueError(
+            f"{op}: convention {convention!r}; expected one of " + ", ".join(CONVENTIONS)
+        )
     if eps <= 0:
         raise ValueError(
             f"{op}: eps is {eps}, expected > 0 (a constant feature has no gradient at 0)"
@@ -399,13 +393,13 @@ def bag_pool(
 def set_impl(impl: str | None) -> None:
     """Choose for all ops of this process: "reference", "cpu", "cuda", or None for the device's."""
     if impl is not None and impl not in IMPLS:
-        raise ValueError(f"set_impl: {impl!r} is none of {', '.join(IMPLS)}, None")
+        raise ValueError(f"set_impl: got {impl!r}, expected one of {', '.join(IMPLS)}, None")
     _state["impl"] = impl
 
 
 @contextmanager
 def use_impl(impl: str | None) -> Iterator[None]:
-    """Within a `with` statement what `set_impl` does for good."""
+    """As `set_impl`, for the length of a `with` block."""
     before = _state["impl"]
     set_impl(impl)
     try:
@@ -423,6 +417,15 @@ def table() -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def cell(op: str, device: str) -> str:
+    """The folder that runs an op on a device ("cpu", "cuda") under the present choice.
+
+    Raises:
+        ValueError: If the present choice does not run there.
+    """
+    return _chosen_cell(op, None, device)
+
+
 def _cell(op: str, impl: str) -> str:
     """The folder of the implementation that `impl` names; the reference's where there is none."""
     return DISPATCH[op][IMPLS.index(impl)] or DISPATCH[op][0]
@@ -430,27 +433,26 @@ def _cell(op: str, impl: str) -> str:
 
 def _implementation(op: str, impl: str | None, x: Tensor) -> Callable[..., Any]:
     """The function that runs `op` on `x`."""
-    return _load(op, _chosen_cell(op, impl, x))
+    return _load(op, _chosen_cell(op, impl, x.device.type))
 
 
-def _chosen_cell(op: str, impl: str | None, x: Tensor) -> str:
-    """The folder that runs `op` on `x`: by `impl`, by the process-wide choice, by the device."""
-    device = x.device.type
+def _chosen_cell(op: str, impl: str | None, device: str) -> str:
+    """The folder that runs `op`: by `impl`, by the process-wide choice, by the device."""
     choice = impl or _state["impl"] or (device if device in IMPLS else "reference")
     if choice not in IMPLS:
-        raise ValueError(f"{op}: impl={choice!r} is none of {', '.join(IMPLS)}")
+        raise ValueError(f"{op}: impl={choice!r}, expected one of {', '.join(IMPLS)}")
     cell = _cell(op, choice)
     interpreted = choice == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"
     if cell != "reference" and choice != device and not interpreted:
         raise ValueError(
-            f"{op}: impl={choice!r} was given a tensor on {device}, it takes {choice} tensors; "
+            f"{op}: impl={choice!r} was given a tensor on {device}, expected {choice} tensors; "
             f'move the tensor, or use impl="reference"'
         )
     return cell
 
 
 def _load(op: str, cell: str) -> Callable[..., Any]:
-    """The function of a cell, imported on first use: Triton may be absent where nobody needs it."""
+    """The function of a cell, imported on first use: Triton may be absent if it is not needed."""
     if (op, cell) not in _loaded:
         package = "bagssl_fast.kernels" if cell == "kernels" else f"bagssl_fast.ops.{cell}"
         _loaded[op, cell] = getattr(importlib.import_module(f"{package}.{op}"), op)
@@ -493,6 +495,18 @@ def _check_same_device(op: str, **tensors: Tensor | None) -> None:
     if len(set(devices.values())) > 1:
         came = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{op}: tensors on several devices ({came}); move them to one")
+
+
+def _check_positions(op: str, positions: Tensor, last_top: int, last_left: int) -> None:
+    # On a GPU this would wait for the device, so there positions are not checked.
+    if positions.device.type != "cpu" or torch.compiler.is_compiling() or not positions.numel():
+        return
+    low, high = positions.amin().item(), positions.reshape(-1, 2).amax(dim=0).tolist()
+    if low < 0 or high[0] > last_top or high[1] > last_left:
+        raise ValueError(
+            f"{op}: positions reach from {low} to (top, left) = {tuple(high)}, expected from 0 to "
+            f"({last_top}, {last_left}), where patches still fit into the images"
+        )
 
 
 def _check_batch(op: str, z: Tensor, total: int) -> None:

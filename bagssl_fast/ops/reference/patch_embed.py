@@ -26,7 +26,7 @@ def patch_embed(
 
     Args:
         weight: [M, C, h, w].
-        positions: integers (top, left), [P, 2] for all images alike or [P, B, 2].
+        positions: integers (top, left), [P, 2] for all images or [P, B, 2] for each.
     """
     out_dim, _, height, width = weight.shape
     batch = images.shape[0]

@@ -6,9 +6,9 @@
     invariance = mean over slots, images and features of  (z_p - mean_q z_q)^2
     loss    = (1 - lambda) * invariance + lambda * sigreg
 
-The integral is a trapezoid rule on equidistant points over [-t_max, t_max]; the paper takes 17
-points and t_max = 5, the authors' later code 33 points and t_max = 3. Truth for the loss in
-`losses.py`: float64, complex exponentials, one slot and one direction at a time.
+The integral is a trapezoid rule on equidistant points over [-t_max, t_max]; the paper has 17
+points and t_max = 5, the authors' later code 33 points and t_max = 3. Truth for
+`losses/sigreg.py`: float64, complex exponentials, one slot and one direction at a time.
 """
 
 import torch

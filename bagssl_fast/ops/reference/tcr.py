@@ -2,9 +2,9 @@
 
     R(Z) = 1/2 logdet(I_D + D / (B eps) Z^T Z),   Z = z[p], rows of one slot over the batch
 
-`eps` stands where EMP-SSL's code has it; its paper writes eps^2. Larger means more spread: the
-loss *subtracts* it. Computed in float64: with few long rows, the D x D matrix is so conditioned
-that a float32 gradient, as EMP-SSL's code takes it, can be off by half.
+`eps` is that of EMP-SSL's code; its paper writes eps^2. A larger rate means more spread: the loss
+*subtracts* it. Computed in float64: with few long rows the D x D matrix is so ill-conditioned that
+a float32 gradient, as in EMP-SSL's code, can be off by half.
 """
 
 import torch

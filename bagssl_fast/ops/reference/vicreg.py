@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What each codebase multiplies our terms by at P = 2. "D" stands for the number of features: the
-# paper sums the squared differences over features where all code takes their mean.
+# The factors of our terms in each codebase at P = 2. "D" is the number of features: the paper sums
+# the squared differences over features where all codebases average them.
 #   official    the authors' code; lightly; pytorch-metric-learning >= 1.3.1
 #   paper       v(Z) + v(Z') is not halved, s(Z, Z') is summed over features
 #   solo_learn  v(Z) + v(Z') is not halved
