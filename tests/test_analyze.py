@@ -239,7 +239,7 @@ class TestModels:
 
     def test_single_patches_average_to_the_bag(self, folder, tmp_path):
         c = context(folder, tmp_path)
-        config = bags.look_at(c.config(side=0.5), 0.5, (4,))
+        config = bags.with_patch_scale(c.config(side=0.5), 0.5, (4,))
         model = c.random_model(config)
         plan = bags.make_plan(config, model, c.device)
         source = c.images.test

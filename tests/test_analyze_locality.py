@@ -117,11 +117,11 @@ def test_judgement_follows_the_numbers():
     good = measured(trained_h=(0.5, 0.7), trained_z=(0.3, 0.8), **random)
     verdict, text = lo.judge(good, 1200)
     assert verdict == "holds"
-    assert "tells more about the place" in text and "training adds to it" in text
+    assert "contains more about the position" in text and "training raises this" in text
     bad = measured(trained_h=(0.2, 0.7), trained_z=(0.4, 0.8), **random)
     verdict, text = lo.judge(bad, 1200)
     assert verdict == "does not hold"
-    assert "tells less about the place" in text and "training takes from it" in text
+    assert "contains less about the position" in text and "training lowers this" in text
     same = measured(trained_h=(0.3, 0.7), trained_z=(0.3, 0.8), **random)
     assert lo.judge(same, 1200)[0] == "undecided"
 

@@ -99,7 +99,7 @@ def test_resize_is_pillows_within_one(interpolation: str) -> None:
         assert apart <= 1, (height, width, out)
 
 
-ColorS = [
+COLORS = [
     *({"brightness": x} for x in (0.0, 0.3, 0.999, 1.4, 2.0, 300.0)),
     *({"contrast": x} for x in (0.0, 0.3, 0.999, 1.4, 2.0, 300.0)),
     *({"saturation": x} for x in (0.0, 0.3, 0.999, 1.4, 2.0, 300.0)),
@@ -107,7 +107,7 @@ ColorS = [
 ]
 
 
-@pytest.mark.parametrize("columns", ColorS, ids=str)
+@pytest.mark.parametrize("columns", COLORS, ids=str)
 def test_jitter_is_torchvisions_bit_for_bit(columns: dict[str, float]) -> None:
     # One stage alone, over every kind of color and over pictures that leave a ragged tail.
     for image in (all_colors(), photo(31, 29), noise(1, 1)):

@@ -2,7 +2,7 @@
 
 Several losses train the same encoder on multi-scale crops; each is read once from the central crop
 and once from the mean over a grid of patches. The same is done for a random network, which
-separates what averaging brings by itself from what it brings out of training.
+shows what averaging alone contributes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from bagssl_fast.analyze.bags import (
 )
 from bagssl_fast.analyze.models import Context
 from bagssl_fast.analyze.patches import MAIN_SIDE, MULTI_SCALE, multi_scale_scores, plain
-from bagssl_fast.analyze.study import Figure, Result, Study, Table, Verdict
+from bagssl_fast.analyze.study import Figure, Result, Study, Table, Verdict, plural
 from bagssl_fast.analyze.verdict import Difference, difference, mean_spread, percent
 from bagssl_fast.evaluation.features import CENTER
 from bagssl_fast.losses import LOSSES
 
-# Loss -> how its paper calls the method; the order of the table.
+# Loss -> the method's name in its paper; in the order of the table.
 METHODS = {
     "info_nce": "SimCLR (InfoNCE)",
     "barlow_twins": "Barlow Twins",
@@ -73,7 +73,7 @@ def run(context: Context) -> Result:
 
 
 def random_scores(context: Context, seed: int) -> Scores:
-    """The untrained network, looked at in the same two ways."""
+    """The untrained network, read in the same two ways."""
     counts = (CENTER, 16) if context.quick else (CENTER, 64)
     config = context.config(side=MULTI_SCALE, seed=seed)
     return bag_scores(context, config, MAIN_SIDE, counts, random=True)
@@ -90,7 +90,7 @@ def bag_gains(scores: list[Scores], best: int, images: int) -> dict[str, Differe
 
 
 def verdict(gains: Gains) -> Verdict:
-    """Holds if most methods gain with the linear probe and none loses; the reverse likewise."""
+    """Holds if most gain by the linear probe and none loses; does not hold in reverse."""
     words = [gain["linear"].verdict for gain in gains.values()]
     won, lost = words.count("holds"), words.count("does not hold")
     if lost == 0 and 2 * won > len(words):
@@ -116,17 +116,17 @@ def text(context: Context, gains: Gains, of_random: dict[str, Difference], best:
         f"embedding is then read from the central crop (the whole image at the network's size), "
         f"and as the mean over {best} patches of {100 * MAIN_SIDE:g}% of the side; "
         f"{bank_images(context)} labeled images, {test_images(context)} test images, "
-        f"{len(context.seeds)} seed(s).\n\n"
+        f"{plural(len(context.seeds), 'seed')}.\n\n"
         f"{len(won)} of {len(gains)} methods gain beyond two standard errors with the linear "
         f"probe, {len(lost)} lose; with kNN {by_knn.count('holds')} gain and "
         f"{by_knn.count('does not hold')} lose. The verdict is that of the linear probe. Points "
         f"gained by averaging: {listed}.\n\n"
         f"The control: the untrained network gains {control.points()} points (linear) in the same "
-        f"way, so much of the gain belongs to averaging itself, which looks at every patch in its "
-        f"own detail. {len(smaller)} of {len(gains)} trained methods gain less than it does: their "
-        f"central crop already holds part of what the patches say.\n\n"
-        f"What it does not show: a ranking of the methods. They are trained briefly with one set "
-        f"of hyperparameters and would rank differently with their own."
+        f"way, so much of the gain comes from averaging itself, which encodes every patch at full "
+        f"detail. {len(smaller)} of {len(gains)} trained methods gain less than it does: their "
+        f"central crop already contains part of what the patches add.\n\n"
+        f"What this does not show: a ranking of the methods. They are trained briefly with one set "
+        f"of hyperparameters and might rank differently with their own."
     )
 
 
@@ -136,7 +136,7 @@ def table(scores: dict[str, list[Scores]], gains: Gains, best: int) -> Table:
     for probe in PROBES:
         name = PROBE_NAMES[probe]
         columns += [f"{name}: central", f"{best} patches", "gain"]
-    columns += ["projection, linear: central", f"{best} patches "]
+    columns += ["projection, linear: central", f"{best} patches"]
     rows: list[list[str | int | float]] = []
     for name, one in scores.items():
         row: list[str | int | float] = [name]

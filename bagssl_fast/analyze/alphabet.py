@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 LETTERS, KINDS = 24, 8
-# Of the first 200 draws one whose eigenvalues around the sixth lie well apart: where two nearly
-# coincide, the eigenvectors are hardly defined and no method finds them.
+# Of the first 200 draws one whose eigenvalues around the sixth are well separated: where two are
+# nearly equal, the eigenvectors are ill-defined and no method finds them.
 WORLD_SEED = 54
 
 
@@ -98,7 +98,7 @@ def vicreg_loss(world: World, z: Tensor, coefficients: tuple[float, float, float
 def angle(world: World, z: Tensor, first: int = 0) -> float:
     """Largest angle, in degrees, between what z [K, d] spans and the eigenvectors first..first+d.
 
-    With `first` > 0 the leading eigenvectors (the constant function) are taken out of z before.
+    With `first` > 0 the leading eigenvectors (the constant function) are projected out of z before.
     """
     _, vectors = world.spectrum()
     rows = world.marginal.sqrt()[:, None] * z.double()

@@ -1,4 +1,4 @@
-"""Accuracy of bags: what kNN and a linear probe read from the mean of N patches."""
+"""Accuracy of bags: kNN and a linear probe on the mean of N patches."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bagssl_fast.evaluation.datasets import count
 from bagssl_fast.evaluation.features import CENTER, extract, make_plan
 from bagssl_fast.evaluation.probes import knn_accuracy, linear_probe
 from bagssl_fast.files import write_atomic
+from bagssl_fast.models.bag_model import BagModel
 
 PROBES = ("linear", "knn")
 PROBE_NAMES = {"linear": "linear probe", "knn": "kNN"}
@@ -32,18 +33,18 @@ def bag_scores(
     random: bool = False,
     label: str = "",
 ) -> Scores:
-    """Accuracies of a model for bags of several sizes, measured once and then kept beside it.
+    """Accuracies of a model for bags of several sizes, measured once and then stored next to it.
 
     Args:
         context: Data and models.
         config: The model's configuration, from `Context.config`.
-        side: Side of the patches looked at, as a fraction of the image's; need not be that of
-            training.
-        counts: Patches per bag; `CENTER` (0) for the whole image at the network's size. Bags for
-            which the image has not the room are left out.
+        side: Side of the patches that are read, as a fraction of the image's; may differ from that
+            of training.
+        counts: Patches per bag; `CENTER` (0) for the whole image at the network's size. Bags that
+            do not fit the image are left out.
         projections_up_to: Largest bag whose projection is measured too; -1 for none.
         random: The network at its random initialization instead.
-        label: How to call the model on the terminal.
+        label: The model's name on the terminal.
 
     Raises:
         ValueError: If the images have no labels.
@@ -51,8 +52,8 @@ def bag_scores(
     images = context.images
     if not images.labeled:
         raise ValueError(
-            f"{context.base.data} has no labels, which claims 1, 2 and 6 read: one folder per "
-            "class makes labels; --claims 3,5 need none"
+            f"{context.base.data} has no labels, which claims 1, 2 and 6 need: put the images of "
+            "each class into a folder of their own, or choose others: --claims 3,4,5"
         )
     needed: dict[str, Any] = {
         "side": side,
@@ -65,15 +66,28 @@ def bag_scores(
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     name = f"{'random' if random else 'bags'}-{key}.json"
     path = context.run_dir(config) / name
-    if not random:  # also for scores that are there already: they cost this training too
+    if not random:  # also where the scores are stored already: they cost this training too
         context.train(config, label)
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         context.used(path, kept["seconds"])
-        return _from_json(kept["scores"])
+        return {(layer, patches): values for layer, patches, values in kept["scores"]}
     started = time.monotonic()
     model = context.random_model(config) if random else context.model(config, label)
-    config = look_at(config, side, counts)
+    scores = _read(
+        context, model, with_patch_scale(config, side, counts), counts, projections_up_to
+    )
+    content = [[layer, patches, values] for (layer, patches), values in scores.items()]
+    kept = {"seconds": context.made(path, started), "scores": content}
+    write_atomic(path, (json.dumps(kept) + "\n").encode())
+    return scores
+
+
+def _read(
+    context: Context, model: BagModel, config: Config, counts: Sequence[int], projections_up_to: int
+) -> Scores:
+    """The accuracies of both probes for every bag."""
+    images = context.images
     plan = make_plan(config, model, context.device)
     plan = replace(
         plan,
@@ -82,7 +96,7 @@ def bag_scores(
     )
     train, train_labels = extract(model, config, images.train, plan, images.train_indices)
     test, test_labels = extract(model, config, images.test, plan, images.test_indices)
-    assert train_labels is not None and test_labels is not None  # data without labels went above
+    assert train_labels is not None and test_labels is not None  # unlabeled data was refused
     scores: Scores = {}
     for entry, x in train.items():
         data = x, train_labels, test[entry], test_labels
@@ -90,14 +104,11 @@ def bag_scores(
             "linear": linear_probe(*data, method=config.eval.probe).accuracy,
             "knn": knn_accuracy(*data, k=config.eval.knn_k, temperature=config.eval.knn_t),
         }
-    content = [[layer, patches, values] for (layer, patches), values in scores.items()]
-    kept = {"seconds": context.made(path, started), "scores": content}
-    write_atomic(path, (json.dumps(kept) + "\n").encode())
     return scores
 
 
-def look_at(config: Config, side: float, counts: Sequence[int] = (1,)) -> Config:
-    """The configuration with which `features.extract` sees patches of another size.
+def with_patch_scale(config: Config, side: float, counts: Sequence[int] = (1,)) -> Config:
+    """The configuration with which `features.extract` reads patches of another scale.
 
     Args:
         config: The model's.
@@ -111,10 +122,6 @@ def look_at(config: Config, side: float, counts: Sequence[int] = (1,)) -> Config
     return replace(
         config, augment=augment, eval=replace(config.eval, view=view, patches=grids or (1,))
     )
-
-
-def _from_json(content: list[tuple[str, int, dict[str, float]]]) -> Scores:
-    return {(layer, patches): values for layer, patches, values in content}
 
 
 def over_seeds(scores: Sequence[Scores], layer: str, patches: int, probe: str) -> list[float]:

@@ -1,7 +1,7 @@
 """Claim 5: joint embedding learns how patches co-occur (2206.08954), where that can be computed.
 
-On a finite alphabet (`alphabet.py`) the spectral loss is trained in expectation, and as it is
-trained on images: by `losses.Spectral` on sampled bags, through a network. VICReg is trained in
+On a finite alphabet (`alphabet.py`) embeddings are trained with the spectral loss in expectation,
+and as on images: with `losses.Spectral` on sampled bags, through a network; and with VICReg in
 expectation. All are compared with the closed form; the identities behind it are checked.
 """
 
@@ -33,20 +33,20 @@ TITLE = "Training with the spectral objective finds how patches co-occur"
 DIM, W = 6, 1.0  # of the embedding; of the spectral loss
 PATCHES, IMAGES = 4, 256  # of a sampled batch
 STEPS, QUICK_STEPS = 2000, 800
-PIXELS = 48  # a letter as the network sees it: fixed noise
-# What counts as reached: relative gap of the loss, largest principal angle in degrees. Sampled
-# bags end at a noise floor that the learning rate sets.
+PIXELS = 48  # of a letter, the network's input: fixed noise
+# What counts as reached: relative gap of the loss, largest principal angle in degrees. On sampled
+# bags the learning rate leaves a noise floor.
 EXACT, SAMPLED = (1e-4, 1.0), (0.02, 8.0)
 IDENTITY = 1e-10
-# Weights of VICReg's terms under which variance and covariance are as good as constraints, the form
-# that has a closed solution; under the usual ones it is measured, not judged.
+# Weights of VICReg's terms that make variance and covariance nearly constraints, for which there is
+# a closed form; with the usual ones it is measured, not judged.
 HARD = (5.0, 25.0, 25.0)
 USUAL = "VICReg, usual weights"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """How a training went: exact loss gap (relative) and angle (degrees) at some steps."""
+    """A training: exact loss gap (relative) and angle (degrees) at some steps."""
 
     steps: list[int]
     gap: list[float]
@@ -79,14 +79,14 @@ def train(
     best = -float(values[:DIM].square().sum()) / (2 * W)
     optimizer = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    looks = {round(steps ** (i / 40)) for i in range(41)}
+    recorded = {round(steps ** (i / 40)) for i in range(41)}
     curve = Curve([], [], [], torch.empty(0))
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         loss(encoder()).backward()
         optimizer.step()
         schedule.step()
-        if step in looks:
+        if step in recorded:
             z = encoder().detach().double()
             curve.steps.append(step)
             curve.gap.append((float(spectral_loss(world, z, W)) - best) / abs(best))
@@ -114,7 +114,7 @@ def table_encoder(seed: int, dtype: torch.dtype) -> tuple[Callable[[], Tensor], 
 
 
 def network_encoder(seed: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A small network that sees letters as pixels (fixed noise)."""
+    """A small network whose inputs are letters as pixels (fixed noise)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pixels = torch.randn(LETTERS, PIXELS)
@@ -206,17 +206,17 @@ def run(context: Context) -> Result:
     shown = ", ".join(f"{float(v):.2f}" for v in values[:DIM])
     text = f"""\
 An alphabet of {LETTERS} patches and images of {KINDS} hidden kinds give a joint distribution of \
-two patches of one image that is known exactly (drawn at random, one draw of 200 whose eigenvalues \
-lie well apart). Embeddings of {DIM} numbers are trained with the spectral loss, in expectation \
-and by `losses.Spectral` on sampled bags ({PATCHES} patches, {IMAGES} images a step), as a free \
-table and through a small network, and compared with the closed form: the first {DIM} eigenvectors \
-of the normalized co-occurrence, of eigenvalues {shown} (the next is {float(values[DIM]):.2f}).
+two patches of one image that is known exactly (drawn at random: of 200 draws one with well \
+separated eigenvalues). Embeddings with {DIM} dimensions are trained with the spectral loss, in \
+expectation and by `losses.Spectral` on sampled bags ({PATCHES} patches, {IMAGES} images per \
+step), as a free table and through a small network, and compared with the closed form: the first \
+{DIM} eigenvectors of the normalized co-occurrence, with eigenvalues {shown} (the next is \
+{float(values[DIM]):.2f}).
 
 {sentences}
 
-What this does not show: that a network on real images comes near its own optimum. There the \
-alphabet is too large to write down, and an encoder shares weights between patches that it cannot \
-tell apart."""
+What this does not show: that a network on real images comes close to its optimum. There the \
+alphabet is too large to write down, and an encoder gives similar patches similar embeddings."""
     numbers = {
         "eigenvalues": values.tolist(),
         "identity_errors": errors,
@@ -254,9 +254,9 @@ def judge(
     wrong = [name for name, error in errors.items() if error > IDENTITY]
     unbiased = abs(bias[0]) <= 3 * bias[1]
 
-    told = {n: tell(n, reached[n], *ends[n], variance) for n in ends}
-    spectral = " ".join(text for name, text in told.items() if not name.startswith("VICReg"))
-    vicreg = " ".join(text for name, text in told.items() if name.startswith("VICReg"))
+    sentences = {n: sentence(n, reached[n], *ends[n], variance) for n in ends}
+    spectral = " ".join(text for name, text in sentences.items() if not name.startswith("VICReg"))
+    vicreg = " ".join(text for name, text in sentences.items() if name.startswith("VICReg"))
     if wrong:
         identities = f"The identities fail numerically: {', '.join(wrong)}."
     else:
@@ -275,28 +275,28 @@ def judge(
     return "holds" if holds else "does not hold", text
 
 
-def tell(name: str, reached: bool, gap: float, degrees: float, variance: float) -> str:
+def sentence(name: str, reached: bool, gap: float, degrees: float, variance: float) -> str:
     """A sentence on one training."""
     verb = "reaches" if reached else "does not reach"
     if name == USUAL and reached:
-        return f"With the usual 25, 25, 1 it does so too ({degrees:.2g} degrees)."
+        return f"With the usual weights 25, 25, 1 it does as well ({degrees:.2g} degrees)."
     if name == USUAL:
         return (
-            f"With the usual 25, 25, 1 it ends {degrees:.2g} degrees away from them: the patches "
-            "of an image agree only so far in this world, and against a strong invariance term the "
-            f"variances end at {variance:.2f} instead of 1, where the covariance term, which is of "
-            "the order of their squares, weighs little."
+            f"With the usual weights 25, 25, 1 it ends {degrees:.2g} degrees away from them: the "
+            "patches of an image have only part of their content in common in this world, and "
+            f"against a strong invariance term the variances end at {variance:.2f} instead of 1, "
+            "where the covariance term, of the order of their squares, has little weight."
         )
     if name.startswith("VICReg"):
         return (
-            "VICReg in expectation, its variance and covariance terms as good as constraints by "
-            f"the weights {', '.join(f'{c:g}' for c in HARD)}, {verb} the span of eigenvectors 2 "
-            f"to {DIM + 1} (largest angle {degrees:.2g} degrees); the constant first one its "
-            "variance term excludes."
+            f"VICReg in expectation, with weights {', '.join(f'{c:g}' for c in HARD)} that make "
+            f"its variance and covariance terms nearly constraints, {verb} the span of "
+            f"eigenvectors 2 to {DIM + 1} (largest angle {degrees:.2g} degrees); its variance "
+            "term excludes the first one, which is constant."
         )
     return (
-        f"{name[0].upper()}{name[1:]}: training {verb} the optimum; its loss ends {gap:.1e} of the "
-        f"optimum's size above it, its span {degrees:.2g} degrees away."
+        f"{name[0].upper()}{name[1:]}: training {verb} the optimum; the final loss is {gap:.1e} "
+        f"(relative) above it, the span {degrees:.2g} degrees away."
     )
 
 
@@ -311,7 +311,7 @@ def draw_training(context: Context, curves: list[dict[str, Curve]]) -> Figure:
             right.loglog(curve.steps, curve.angle, color=color, label=label)
     left.set(xlabel="step", ylabel="(loss - optimum) / |optimum|", title="Spectral loss")
     right.set(xlabel="step", ylabel="degrees", title="Largest angle to the eigenvectors")
-    # Below these, rounding is all that is left to see.
+    # Below these there is only rounding.
     left.set_ylim(bottom=1e-7)
     right.set_ylim(bottom=1e-3)
     figures.legend(figure, right)
@@ -328,7 +328,7 @@ def draw_training(context: Context, curves: list[dict[str, Curve]]) -> Figure:
 
 
 def draw_matrices(context: Context, world: World, curves: dict[str, Curve]) -> Figure:
-    """The co-occurrence, what was learned of it, and both spectra."""
+    """The co-occurrence, what was learned, and both spectra."""
     root = world.marginal.sqrt()[:, None]
     learned = {
         name: W * (root * c.z) @ (root * c.z).T
@@ -360,10 +360,10 @@ def draw_matrices(context: Context, world: World, curves: dict[str, Curve]) -> F
         figure,
         context.out,
         "cooccurrence_matrices",
-        "The co-occurrence and what was learned of it",
+        "The co-occurrence and what was learned",
         "Left: the normalized co-occurrence of the alphabet, patches sorted by the second "
-        "eigenvector. Middle: the matrix of learned inner products on the same scale of colors. "
-        f"Right: eigenvalues of both; an embedding of {DIM} numbers can hold the first {DIM}.",
+        "eigenvector. Middle: the matrix of learned inner products on the same color scale. "
+        f"Right: eigenvalues of both; with {DIM} dimensions an embedding can have the first {DIM}.",
     )
 
 

@@ -1,10 +1,10 @@
 """Claim 6: with more patches per image fewer epochs are enough (EMP-SSL, 2304.03977).
 
-A subset of the images is passed over with P patches per image and step. Equal images: one pass
-whatever P, so that compute grows with P. Equal compute: P times the number of passes is constant,
-so that two patches pass over the images many times and the largest P passes once. Each run has its
-own whole cosine schedule; batch size and learning rate are the same. Patches keep their own
-resolution (16 pixels of CIFAR's 32), which makes the network smaller than that of claims 1 to 3.
+The network trains on a subset of the images with P patches per image and step. Equal images: one
+pass for every P, so that compute grows with P. Equal compute: P times the number of passes is
+constant, so that training with two patches makes many passes and with the largest P one. Each run
+has a whole cosine schedule of its own; batch size and learning rate are the same. Patches keep
+their resolution (16 pixels of CIFAR's 32), so the network is smaller than in claims 1 to 3.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bagssl_fast.analyze.bags import (
 )
 from bagssl_fast.analyze.models import Context
 from bagssl_fast.analyze.patches import MAIN_SIDE, plain
-from bagssl_fast.analyze.study import Figure, Result, Study, Table, Verdict
+from bagssl_fast.analyze.study import Figure, Result, Study, Table, Verdict, plural
 from bagssl_fast.analyze.verdict import Difference, difference, mean_spread, percent
 from bagssl_fast.config import Config, patch_size
 from bagssl_fast.losses import LOSSES
@@ -108,7 +108,7 @@ def scores(context: Context, method: str, patches: int, epochs: int, seed: int) 
 
 
 def native_size(config: Config) -> Config:
-    """The network for patches that are not enlarged: no whole image is looked at here.
+    """The network for patches that are not enlarged: no whole image is encoded here.
 
     Enlarged to the size of a whole image, patches would cost four times as much and show no more.
     """
@@ -162,17 +162,18 @@ def text(
     return (
         f"{QUICK_IMAGES if context.quick else IMAGES} images, batches of "
         f"{context.base.batch_size}, patches of {100 * MAIN_SIDE:g}% of the side, {name}; read "
-        f"from the mean of {n} patches, {len(context.seeds)} seed(s).\n\n"
+        f"from the mean of {n} patches, {plural(len(context.seeds), 'seed')}.\n\n"
         f"After one pass {least} patches give {accuracy('images', least)}% (linear) and {most} "
         f"patches {accuracy('images', most)}%: {images['linear'].points()} points linear, "
         f"{images['knn'].points()} kNN. At equal compute {passes(context, 'compute', least)} "
         f"passes with {least} patches give {accuracy('compute', least)}%: one pass with {most} "
         f"patches is {word[compute['linear'].verdict]} by the linear probe, "
         f"{compute['linear'].points()} points, and {word[compute['knn'].verdict]} by kNN, "
-        f"{compute['knn'].points()}.\n\nWhat it does not show: an advantage in compute is "
-        f"another question than one in passes over the data. One pass with {most} patches makes "
-        f"{most // least} times fewer updates than the {passes(context, 'compute', least)} passes "
-        f"with {least}, at the same learning rate; a rate tuned for each would change the gap."
+        f"{compute['knn'].points()}.\n\n"
+        "What this does not show: how large the gap at equal compute "
+        f"is with a learning rate tuned for each number of patches. One pass with {most} patches "
+        f"makes {most // least} times fewer updates than the {passes(context, 'compute', least)} "
+        f"passes with {least}, at the same learning rate."
     )
 
 
@@ -220,8 +221,8 @@ def draw(context: Context, grids: dict[str, Grid]) -> Figure:
         "claim6_epochs",
         "More patches per image against more passes over the images",
         "Accuracy from the mean embedding against the patches per image and step. Equal images: "
-        "one pass whatever P. Equal compute: P times the number of passes is constant, so the "
-        "largest P passes once in both. Bars: standard deviation over seeds.",
+        "one pass for every P. Equal compute: P times the number of passes is constant, so the "
+        "largest P makes one pass in both. Bars: standard deviation over seeds.",
     )
 
 

@@ -1,4 +1,4 @@
-"""One look for all figures: colors by what a line is, light grid, PNG."""
+"""One style for all figures: colors by what a line shows, a light grid, PNG."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from bagssl_fast.analyze.study import Figure
 
-# What a line stands for has one color in every figure.
+# The same thing has the same color in every figure.
 PATCHES, WHOLE, RANDOM, OTHER = "#c0392b", "#1f5fa8", "#8a8a8a", "#2e8b57"
 CYCLE = (PATCHES, WHOLE, OTHER, "#b8860b", "#7d3c98", "#17a2b8", "#555555", "#d35400")
 STYLE = {
@@ -33,7 +33,7 @@ def panels(rows: int = 1, columns: int = 1, width: float = 3.6, height: float = 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update(STYLE)  # legends and texts that are added later want it too
+    pyplot.rcParams.update(STYLE)  # not a context: legends and texts are added later
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False
     )

@@ -1,14 +1,14 @@
 """Claim 4: the embedding h is local, the projection z is invariant (2206.08954).
 
 Every image gives a 4 x 4 grid of patches without augmentation, each encoded to h and z. Three
-numbers say what a space keeps of a patch, a gallery shows it:
+numbers say what a space keeps of a patch, and a gallery shows it:
 
-- position: a linear probe and the nearest neighbors of other images tell where in its image a
-  patch stood. What is invariant between the patches of an image forgets it.
-- source image: how often a patch lies nearer to a patch of its own image than to one of another
-  (of the grid's corners, which share no pixels), and whether its very nearest is of its own.
+- position: a linear probe and the nearest neighbors from other images predict where in its image a
+  patch was. A space that is invariant between the patches of an image does not contain this.
+- source image: how often a patch is nearer to a patch of its own image than to one of another
+  (among the grid's corners, which share no pixels), and whether its nearest one is from its own.
 
-All similarities are cosines after the mean over all patches is taken out, without which the
+All similarities are cosines after subtracting the mean over all patches; without that, the
 non-negative entries of h would make everything similar.
 """
 
@@ -38,7 +38,7 @@ SIDE = 0.5  # of a patch, in sides of its image
 GRID = 4  # positions along a side
 CORNERS = (0, GRID - 1, GRID * (GRID - 1), GRID * GRID - 1)  # share no pixel at SIDE <= 1/2
 IMAGES, QUICK_IMAGES = 1200, 150
-NeighborS = 10
+NEIGHBORS = 10
 QUERIES, SHOWN = 8, 7
 LAYERS = {"h": "embedding h", "z": "projection z"}
 
@@ -62,11 +62,11 @@ class Patches:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one space tells: fractions, of each image [N] (those that the probe did not see).
+    """What can be read from one space: fractions, per image [N] (for `position` the held-out ones).
 
     Args:
         position: Linear probe of the position among 16, on images it has not seen.
-        neighbor_position: Nearest patches of other images that stood at the same place.
+        neighbor_position: Nearest patches from other images that were at the same position.
         nearer: Pairs of a patch of the same image and one of another that are in the right order.
         nearest: Patches whose nearest one is of the same image.
     """
@@ -119,17 +119,17 @@ def encode(context: Context, config: Config, model: BagModel, count: int) -> Pat
 
 
 def directions(x: Tensor) -> Tensor:
-    """Rows of norm one after the mean row is taken out."""
+    """Rows of norm one, after subtracting the mean row."""
     return F.normalize(x - x.mean(dim=0), dim=1)
 
 
 def measure(patches: Patches, layer: str) -> Measured:
-    """What one space tells of position and source image."""
+    """What can be read from one space about position and source image."""
     x, position, image = patches.features[layer], patches.position, patches.image
     position, image = position.to(x.device), image.to(x.device)
     cut = image < 2 * (int(image.max()) + 1) // 3  # whole images on either side
     probe = linear_probe(x[cut], position[cut], x[~cut], position[~cut])
-    found = neighbors(x, image, torch.arange(len(x), device=x.device), NeighborS)
+    found = neighbors(x, image, torch.arange(len(x), device=x.device), NEIGHBORS)
     same_place = (position[found] == position[:, None]).float().mean(dim=1)
     nearer, nearest = source_image(x, position, image)
     return Measured(
@@ -167,7 +167,7 @@ def source_image(x: Tensor, position: Tensor, image: Tensor) -> tuple[Tensor, Te
         same = (source[part][:, None] == source) & ~itself
         first = cosine.masked_fill(itself, -2).argmax(dim=1, keepdim=True)
         nearest.append(same.gather(1, first)[:, 0])
-        # Rank sums: of each patch, how many of other images lie behind each of its own.
+        # Rank sums: for each patch, how many of other images are farther than each of its own.
         order = cosine.masked_fill(itself, -2).argsort(dim=1)
         ranks = same.gather(1, order).float()
         others = (~same & ~itself).gather(1, order).float()
@@ -177,7 +177,7 @@ def source_image(x: Tensor, position: Tensor, image: Tensor) -> tuple[Tensor, Te
 
 
 def chance(images: int) -> dict[str, float]:
-    """What a space that knows nothing would show."""
+    """The numbers of a space without any information."""
     nearest = (len(CORNERS) - 1) / max(1, len(CORNERS) * images - 1)
     place = 1 / GRID**2
     return {"position": place, "neighbor_position": place, "nearer": 0.5, "nearest": nearest}
@@ -211,9 +211,9 @@ def run(context: Context) -> Result:
 
 FIELDS = {
     "position": "position, linear probe",
-    "neighbor_position": "neighbors at the same place",
-    "nearer": "own image nearer",
-    "nearest": "nearest is of the own image",
+    "neighbor_position": "neighbors at the same position",
+    "nearer": "own image is nearer",
+    "nearest": "nearest is from the own image",
 }
 
 
@@ -239,35 +239,36 @@ def judge(measured: dict[str, list[Measured]], images: int) -> tuple[Verdict, st
     def show(name: str, field: str) -> str:
         return percent(values(measured[name], field))
 
-    told = {"holds": "more", "does not hold": "less", "undecided": "as much"}
+    amount = {"holds": "more", "does not hold": "less", "undecided": "as much"}
     comparison = {"holds": " than", "does not hold": " than", "undecided": ", within the error, as"}
-    done = {"holds": "adds to it", "does not hold": "takes from it", "undecided": "changes little"}
+    effect = {"holds": "raises", "does not hold": "lowers", "undecided": "hardly changes"}
     text = f"""\
-{images} test images, {GRID * GRID} patches each on a grid, half the image wide, without \
-augmentation; the network was trained on such patches. A space is local if a patch's place in its \
-image can be read from it, and invariant if the patches of one image lie together.
+{images} test images, {GRID * GRID} patches each on a grid, each half as wide as its image, \
+without augmentation; the network was trained on such patches. A space is local if a patch's \
+position in its image can be read from it, and invariant if the patches of one image are close \
+together.
 
-The embedding tells {told[local.verdict]} about the place{comparison[local.verdict]} the \
+The embedding contains {amount[local.verdict]} about the position{comparison[local.verdict]} the \
 projection: a linear probe finds it among {GRID * GRID} with {show("trained h", "position")}% \
-from h and {show("trained z", "position")}% from z (chance {100 / GRID**2:.1f}%; difference \
-{local.points()} points). The projection tells {told[invariant.verdict]} about the source \
-image{comparison[invariant.verdict]} the embedding: a patch lies nearer to one of its own image, \
-with which it shares no pixel, than to one of another in {show("trained z", "nearer")}% of all \
-cases in z and {show("trained h", "nearer")}% in h (chance 50%; difference \
-{invariant.points()} points). By the very nearest patch, the source is found in \
-{show("trained z", "nearest")}% from z and {show("trained h", "nearest")}% from h. Differences are \
-taken image by image; their errors are those of the mean over images and seeds. (This test was \
-chosen after an unpaired one on CIFAR-10 had left both parts undecided.)
+accuracy from h and {show("trained z", "position")}% from z (chance {100 / GRID**2:.1f}%; \
+difference {local.points()} points). The projection contains {amount[invariant.verdict]} about \
+the source image{comparison[invariant.verdict]} the embedding: a patch is nearer to a patch of \
+its own image, with which it shares no pixel, than to one of another image in \
+{show("trained z", "nearer")}% of all cases in z and {show("trained h", "nearer")}% in h (chance \
+50%; difference {invariant.points()} points). The single nearest patch is from the same image in \
+{show("trained z", "nearest")}% of cases in z and {show("trained h", "nearest")}% in h. \
+Differences are computed image by image; their errors are those of the mean over images and \
+seeds. (This test was chosen after an unpaired one on CIFAR-10 had left both parts undecided.)
 
-The same network at random tells the place with {show("random h", "position")}% from h: training \
-{done[learned.verdict]} ({learned.points()} points). Own patches are nearer in \
-{show("random z", "nearer")}% in the random z: training {done[source.verdict]} \
-({source.points()} points). Colors and brightness alone tell much of an image, and no number here \
-is free of them.
+With random weights, the same network gives the position with {show("random h", "position")}% \
+accuracy from h: training {effect[learned.verdict]} this ({learned.points()} points). In the \
+random z, patches of the same image are nearer in {show("random z", "nearer")}% of cases: \
+training {effect[source.verdict]} this ({source.points()} points). Color and brightness alone say \
+much about an image, and all of these numbers include them.
 
-The gallery shows the other images that come nearest in either space, for queries drawn blindly. \
-It illustrates and proves nothing: eight queries are not a sample. A linear probe finds what can \
-be read by a plane, not all that is there."""
+The gallery shows the nearest patches from other images in each space, for queries drawn at \
+random. It is an illustration, not evidence: eight queries are not a sample. A linear probe finds \
+only what a linear function can read, not everything that is there."""
     return verdict, text
 
 
@@ -280,7 +281,7 @@ def make_table(measured: dict[str, list[Measured]], images: int) -> Table:
         rows.append([f"{network}, {LAYERS[layer]}", *cells])
     rows.append(["chance", *(f"{100 * chance(images)[field]:.1f}" for field in FIELDS)])
     return Table(
-        "What each space tells, in % (mean and standard deviation over seeds)",
+        "What can be read from each space, in % (mean and standard deviation over seeds)",
         ["space", *FIELDS.values()],
         rows,
     )
@@ -291,7 +292,7 @@ def draw_bars(context: Context, measured: dict[str, list[Measured]], images: int
     figure, axes = figures.panels(1, 2, width=3.9)
     colors = {"trained h": figures.PATCHES, "trained z": figures.WHOLE}
     titles = {"position": "Where in the image?", "nearer": "Which image?"}
-    labels = {"position": "place found by a linear probe, %", "nearer": "own image nearer, %"}
+    labels = {"position": "position found by a linear probe, %", "nearer": "own image is nearer, %"}
     for axis, (field, title) in zip(axes, titles.items(), strict=True):
         for place, (name, seeds) in enumerate(measured.items()):
             points = [100 * v for v in values(seeds, field)]
@@ -308,10 +309,10 @@ def draw_bars(context: Context, measured: dict[str, list[Measured]], images: int
         figure,
         context.out,
         "locality",
-        "What h and z tell of a patch",
-        "Left: how often a linear probe finds a patch's place among 16. Right: how often a patch "
-        "lies nearer to a patch of its own image than to one of another image. Trained and random "
-        "network; dots are seeds.",
+        "What h and z contain about a patch",
+        "Left: how often a linear probe finds a patch's position among 16. Right: how often a "
+        "patch is nearer to a patch of its own image than to one of another image. Trained and "
+        "random network; dots are seeds.",
     )
 
 
@@ -343,9 +344,9 @@ def draw_gallery(context: Context, patches: Patches) -> Figure:
         context.out,
         "locality_gallery",
         "Nearest patches of other images",
-        f"Each row: a patch drawn blindly, and the {SHOWN} other images that come nearest to it "
-        "with one of their patches, in the embedding h and in the projection z, nearest first; "
-        f"among {len(patches.image)} patches of {images} images.",
+        f"Each row: a patch drawn at random, and the nearest patch of each of the {SHOWN} nearest "
+        "other images, in the embedding h and in the projection z, nearest first; among "
+        f"{len(patches.image)} patches of {images} images.",
     )
 
 

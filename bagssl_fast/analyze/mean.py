@@ -2,9 +2,9 @@
 
 For each test image, the cosine between the whole image's embedding (the central crop at the
 network's size) and the mean over N patches of a grid in random order, against N. All embeddings
-after a ReLU share a large mean, which alone makes cosines high; hence the controls: features
-centered over the images, patches of another image, and a random network. Retrieval says it without
-a scale: how often the nearest whole-image embedding to a mean of patches is its own image's.
+after a ReLU share a large mean, which alone makes cosines high. Hence three controls: features
+centered over the images, patches of another image, and a random network. Retrieval needs no scale:
+how often the whole-image embedding nearest to a mean of patches is that of the same image.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bagssl_fast.analyze import figures
-from bagssl_fast.analyze.bags import look_at
+from bagssl_fast.analyze.bags import with_patch_scale
 from bagssl_fast.analyze.models import Context
 from bagssl_fast.analyze.patches import MAIN_SIDE, MULTI_SCALE
-from bagssl_fast.analyze.study import Figure, Result, Study, Table
+from bagssl_fast.analyze.study import Figure, Result, Study, Table, plural
 from bagssl_fast.analyze.verdict import Difference, all_of, paired
 from bagssl_fast.config import Config
 from bagssl_fast.evaluation.features import CENTER, embed_patches, make_plan
@@ -35,7 +35,7 @@ Curves = dict[str, Tensor]  # quantity -> [counts, images]
 
 
 def run(context: Context) -> Result:
-    """Trains or takes models and measures; see the module's docstring."""
+    """Trains or reuses models and measures; see the module's docstring."""
     found: dict[str, list[Curves]] = {TRAINED: [], FIXED: [], RANDOM: []}
     for seed in context.seeds:
         multi = context.config(side=MULTI_SCALE, seed=seed)
@@ -84,10 +84,10 @@ def curves(context: Context, model: BagModel, config: Config, seed: int) -> Curv
     source, places = context.images.test, context.images.test_indices
     places = torch.arange(len(source)) if places is None else places
     generator = torch.Generator().manual_seed(seed)
-    # Not sorted: data sets lie in order of their classes, and the next image is "another image".
+    # Not sorted: data sets are often ordered by class, and the next image is "another image".
     chosen = places[torch.randperm(len(places), generator=generator)[:images]]
     most = QUICK_PATCHES if context.quick else PATCHES
-    config = look_at(config, MAIN_SIDE, (most,))
+    config = with_patch_scale(config, MAIN_SIDE, (most,))
     plan = replace(make_plan(config, model, context.device), counts=(CENTER, most))
     whole = embed_patches(model, config, source, plan, CENTER, chosen)[0]
     patches = embed_patches(model, config, source, plan, most, chosen)  # [P, N, F]
@@ -113,7 +113,7 @@ def curves(context: Context, model: BagModel, config: Config, seed: int) -> Curv
 
 
 def judge(found: dict[str, list[Curves]]) -> dict[str, Difference]:
-    """The four things that the claim says, each as a number that should be positive."""
+    """The four parts of the claim, each as a number that should be positive."""
 
     def last(name: str, key: str, row: int = -1) -> Tensor:
         return torch.stack([one[key][row] for one in found[name]])
@@ -151,18 +151,21 @@ def text(
     trained, fixed, random = end[TRAINED], end[FIXED], end[RANDOM]
     return (
         f"{images} test images, patches of {100 * MAIN_SIDE:g}% of the side; the network trained "
-        f"on multi-scale crops with {context.base.loss.name}, {len(context.seeds)} seed(s).\n\n"
-        f"Plain cosines flatter: the mean of {counts[-1]} patches has cosine {trained['own']:.2f} "
-        f"with its own image, but {trained['other']:.2f} with another image, and a random network "
-        f"gives {random['own']:.2f}. After centering over the images the cosine with the own image "
-        f"goes from {start:.2f} (one patch) to {trained['centered']:.2f} ({counts[-1]} patches), "
-        f"{trained['centered other']:+.2f} with another; the random network ends at "
-        f"{random['centered']:.2f}, the network trained on fixed-scale patches at "
-        f"{fixed['centered']:.2f}. The nearest of {images} whole images is the own one for "
-        f"{trained['found']:.0%} (random network {random['found']:.0%}, fixed-scale training "
-        f"{fixed['found']:.0%}).\n\nThe parts of the claim: {listed}.\n\nWhat it does not show: "
-        f"that the two coincide. The whole image is seen at a coarser scale than its patches, and "
-        f"what no patch shows, its layout, can be in the whole's embedding alone."
+        f"on multi-scale crops with {context.base.loss.name}, "
+        f"{plural(len(context.seeds), 'seed')}.\n\n"
+        f"Plain cosines are misleadingly high: the mean of {counts[-1]} patches has cosine "
+        f"{trained['own']:.2f} with its own image, but {trained['other']:.2f} with another image, "
+        f"and a random network gives {random['own']:.2f}. After centering over the images, the "
+        f"cosine with its own image rises from {start:.2f} (one patch) to "
+        f"{trained['centered']:.2f} ({counts[-1]} patches), with another image it is "
+        f"{trained['centered other']:+.2f}; the random network ends at {random['centered']:.2f}, "
+        f"the network trained on fixed-scale patches at {fixed['centered']:.2f}. Among {images} "
+        f"whole images, the nearest is its own for {trained['found']:.0%} (random network "
+        f"{random['found']:.0%}, fixed-scale training {fixed['found']:.0%}).\n\n"
+        f"The parts of the claim: {listed}.\n\n"
+        f"What this does not show: that the two are equal. The whole image is encoded at a coarser "
+        f"scale than its patches, and only its embedding can contain its layout, which no single "
+        f"patch shows."
     )
 
 
@@ -174,7 +177,7 @@ def table(found: dict[str, list[Curves]], counts: list[int]) -> Table:
         "other": "cosine, another image",
         "centered": "centered cosine, own image",
         "centered other": "centered cosine, another image",
-        "found": "own image is the nearest",
+        "found": "own image is nearest",
     }
     rows: list[list[str | int | float]] = []
     for network, seeds in found.items():
@@ -187,7 +190,7 @@ def draw(context: Context, found: dict[str, list[Curves]], counts: list[int]) ->
     """Plain cosine, centered cosine, retrieval, against N."""
     figure, axes = figures.panels(1, 3, 3.4, 3.2)
     colors = {TRAINED: figures.WHOLE, FIXED: figures.PATCHES, RANDOM: figures.RANDOM}
-    titles = ("cosine", "cosine of centered features", "own image is the nearest")
+    titles = ("cosine", "cosine of centered features", "own image is nearest")
     pairs = (("own", "other"), ("centered", "centered other"), ("found", None))
     for axis, title, (own, other) in zip(axes, titles, pairs, strict=True):
         for name, seeds in found.items():
@@ -206,7 +209,7 @@ def draw(context: Context, found: dict[str, list[Curves]], counts: list[int]) ->
         "The embedding of the whole image and the mean of its patches' embeddings",
         "Cosine between the whole image's embedding and the mean of N of its patches (solid) or of "
         "another image's (dotted). Left: as they are, where the common mean makes everything "
-        "similar. Middle: centered over the images. Right: how often the own image is the nearest.",
+        "similar. Middle: centered over the images. Right: how often its own image is nearest.",
     )
 
 

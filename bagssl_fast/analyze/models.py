@@ -1,8 +1,8 @@
-"""Train a model or take the finished one; what a study may ask for (`Context`).
+"""Train a model or reuse a finished one; what a study can ask for (`Context`).
 
 A model's folder is named by a hash of all that decides its weights: the trainer's identity of its
-configuration and the fingerprint of its images. An interrupted training resumes from its own
-checkpoint, a finished one is used again, by every study and by later analyses.
+configuration and the fingerprint of its images. An interrupted training resumes from its
+checkpoint; a finished one is reused by every study and by later analyses.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from bagssl_fast.training.meter import Diverged
 from bagssl_fast.training.run import prepare
 
 DONE = "done.json"
-# What each loss wants of its coefficients, where the defaults do not do, and of the projector. With
-# w = 1 the spectral loss of unit vectors settles on two directions; 10 spreads them.
+# Options of losses whose defaults do not work here, and losses of normalized projections. With
+# w = 1 the spectral loss of unit vectors collapses to two directions; w = 10 spreads them.
 LOSS_OPTIONS: dict[str, dict[str, Any]] = {"spectral": {"w": 10.0}}
 NORMALIZED = {"emp_ssl", "spectral"}
 TARGET_MOMENTUM = {"byol": 0.99}
@@ -44,13 +44,13 @@ TARGET_MOMENTUM = {"byol": 0.99}
 
 @dataclass
 class Context:
-    """What a study may use: the data, the output directory, and models made to order.
+    """What a study may use: the data, the output directory, and models.
 
     Args:
-        base: The recipe that every model is derived from; its `data`, `device` and `threads` hold.
+        base: The recipe that every model is derived from; its `data`, `device` and `threads` apply.
         out: The output directory.
         seeds: Seeds of the trainings, at least one.
-        quick: Whether a look is expected rather than a measurement.
+        quick: Whether to take a quick look instead of a measurement.
         costs: Seconds that the models and scores used by the present study took, by their paths in
             the output directory, whenever they were made.
         spent: Seconds that making some of them has taken by now.
@@ -104,7 +104,7 @@ class Context:
         return resolve(config)
 
     def settings(self) -> dict[str, Any]:
-        """All that a study's result depends on beside the code."""
+        """Everything besides the code that a study's result depends on."""
         return {
             "recipe": cli.identity(self.base),
             "eval": json.loads(json.dumps(asdict(self.base.eval))),
@@ -140,11 +140,11 @@ class Context:
         return self.out / "models" / f"{config.loss.name}-{key}"
 
     def train(self, config: Config, label: str = "") -> Path:
-        """Trains a model, resumes its training or finds it finished.
+        """Trains a model, resumes its training, or finds it finished.
 
         Args:
             config: From `Context.config`.
-            label: How to call it on the terminal.
+            label: Its name on the terminal.
 
         Returns:
             Its run directory, which holds model.safetensors.
@@ -182,14 +182,14 @@ class Context:
         return folder
 
     def made(self, path: Path, started: float) -> float:
-        """Notes what a model or its scores have cost since a `time.monotonic()`; gives seconds."""
+        """Records what a model or its scores have cost since `started`; returns the seconds."""
         seconds = round(time.monotonic() - started, 1)
         self.spent += seconds
         self.used(path, seconds)
         return seconds
 
     def used(self, path: Path, seconds: float) -> None:
-        """Notes what a finished model, or its scores, had cost."""
+        """Records what a finished model, or its scores, had cost."""
         self.costs[str(path.relative_to(self.out))] = seconds
 
     def model(self, config: Config, label: str = "") -> BagModel:
@@ -203,5 +203,5 @@ class Context:
 
 
 def prepare_threads(config: Config) -> None:
-    """Sets torch's threads as the configuration wants them."""
+    """Sets torch's number of threads as configured."""
     torch.set_num_threads(config.threads or machine.cores())

@@ -20,7 +20,7 @@ from bagssl_fast.analyze.bags import (
     test_images,
 )
 from bagssl_fast.analyze.models import Context
-from bagssl_fast.analyze.study import Figure, Result, Study, Table
+from bagssl_fast.analyze.study import Figure, Result, Study, Table, plural
 from bagssl_fast.analyze.verdict import Difference, difference, mean_spread, percent
 from bagssl_fast.evaluation.features import CENTER
 
@@ -29,8 +29,8 @@ SIDES = (0.25, 0.375, 0.5, 0.75)
 QUICK_SIDES = (0.25, 0.5)
 COUNTS = (1, 4, 16, 64, 256)
 QUICK_COUNTS = (1, 4, 16)
-MAIN_SIDE = 0.5  # judged; named before looking at any result
-MULTI_SCALE = 0.0  # the side that stands for multi-scale crops, see Context.config
+MAIN_SIDE = 0.5  # the one that is judged; chosen before any result was known
+MULTI_SCALE = 0.0  # the value of `side` for multi-scale crops, see Context.config
 TITLE = "Patches are enough: fixed-scale patches and their mean match multi-scale crops"
 
 
@@ -86,7 +86,7 @@ def multi_scale_scores(
 ) -> Scores:
     """A model trained on multi-scale crops: the central crop and bags of the main size.
 
-    Shared with claim 2, so that the model is looked at once.
+    Shared with claim 2, so that the model is measured once.
     """
     counts = (CENTER, 1, 4, 16) if context.quick else (CENTER, 1, 4, 16, 64)
     config = context.config(side=MULTI_SCALE, loss=loss, seed=seed)
@@ -134,19 +134,19 @@ def text(
     multi_bag = over_seeds(multi, "h", largest_bag(multi[0]), "linear")
     return (
         f"One network, one loss ({context.base.loss.name}), the same number of steps and of crops "
-        f"per step; only the crop differs: a fixed size, or 8 to 100% of the area. Read by a "
-        f"linear probe and by kNN from {bank_images(context)} labeled images, tested on "
-        f"{test_images(context)}, {len(context.seeds)} seed(s).\n\n"
-        f"Trained on patches of {100 * MAIN_SIDE:g}% of the side, the mean of {best} patches gives "
-        f"{percent(many)}% with the linear probe, one patch {percent(one)}%; multi-scale training "
-        f"read from its central crop gives {percent(center)}%. The mean of patches is "
+        f"per step; only the crop differs: a fixed size, or 8 to 100% of the area. A linear probe "
+        f"and kNN learn from {bank_images(context)} labeled images and are tested on "
+        f"{test_images(context)}; {plural(len(context.seeds), 'seed')}.\n\n"
+        f"With training on patches of {100 * MAIN_SIDE:g}% of the side, the mean of {best} patches "
+        f"gives {percent(many)}% with the linear probe, one patch {percent(one)}%; multi-scale "
+        f"training, read from the central crop, gives {percent(center)}%. The mean of patches is "
         f"{word[linear.verdict]} by the linear probe, {linear.points()} points, and "
-        f"{word[knn.verdict]} by kNN, {knn.points()}. The same network untrained reaches "
-        f"{percent(floor)}% from its bag.\n\nBy patch size (linear, largest bag): {ranking}.\n\n"
-        f"What it does not show: how long training, where multi-scale crops may catch up, or large "
-        f"images would change the order. And the comparison mixes two things, how one trains and "
-        f"how one reads: the multi-scale network read from patches reaches {percent(multi_bag)}% "
-        f"(claim 2 takes this apart)."
+        f"{word[knn.verdict]} by kNN, {knn.points()}. Without training, the same network reaches "
+        f"{percent(floor)}% from a bag.\n\nBy patch size (linear, largest bag): {ranking}.\n\n"
+        f"What this does not show: whether longer training, where multi-scale crops may catch up, "
+        f"or larger images would change the order. The comparison also mixes training and readout: "
+        f"the multi-scale network read from patches reaches {percent(multi_bag)}% (claim 2 "
+        f"separates the two)."
     )
 
 

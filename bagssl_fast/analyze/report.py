@@ -16,12 +16,12 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from bagssl_fast.analyze.study import Figure, Result, Table, escape
+from bagssl_fast.analyze.study import Figure, Result, Table, escape, plural
 
 if TYPE_CHECKING:
     from markdown_it.token import Token
 
-# A verdict is never told by its color alone.
+# Verdicts do not rely on color alone.
 SIGNS = {"holds": "✓", "does not hold": "✗", "undecided": "≈"}
 CHIPS = {f"{sign} {verdict}": verdict.replace(" ", "-") for verdict, sign in SIGNS.items()}
 PAPER = (
@@ -56,7 +56,7 @@ def markdown(results: Sequence[Result], about: Mapping[str, Any]) -> str:
     data = escape(about.get("data", "images"))
     facts = [data]
     if "seeds" in about:
-        facts.append(_plural(int(about["seeds"]), "seed") + " per setting")
+        facts.append(plural(int(about["seeds"]), "seed") + " per setting")
     if "seconds" in about:
         facts.append(duration(float(about["seconds"])))
     verdicts: list[list[str | int | float]] = [
@@ -147,10 +147,6 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}" + ("s" if count != 1 else "")
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The words of the analysis: a Study tests one claim in a Context and gives a Result."""
+"""The types of the analysis: a Study tests one claim in a Context and returns a Result."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ def escape(text: object) -> str:
     return re.sub(r"([\\`*_\[\]<>&|~#$])", r"\\\1", " ".join(str(text).split()))
 
 
+def plural(count: int, word: str) -> str:
+    """Such as "1 seed", "2 seeds"."""
+    return f"{count} {word}" + ("s" if count != 1 else "")
+
+
 def is_number(cell: str | int | float) -> bool:
     """Whether a cell is a number, with or without a spread, unit or sign of its own."""
     if not isinstance(cell, str):
@@ -69,9 +74,9 @@ class Figure:
     """A picture of the report.
 
     Args:
-        title: One line above it.
+        title: One line.
         path: Name of the PNG inside the output directory.
-        caption: What is drawn: axes, lines, bands.
+        caption: What is drawn: axes, lines, bands; Markdown.
     """
 
     title: str
@@ -81,18 +86,18 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result:
-    """What testing a claim gave; everything in it goes through JSON unchanged.
+    """The outcome of testing a claim; JSON round-trips all of it.
 
     Args:
         claim: Its number, 1 to 6.
         title: The claim in one sentence.
         verdict: Computed from the numbers.
-        text: What was done, what it shows and what it does not; paragraphs between blank lines.
+        text: What was done, what it shows and what it does not; Markdown.
         tables: Shown in this order.
         figures: Shown in this order, before the tables.
-        numbers: The raw numbers, for whoever wants to draw something else.
-        seconds: Wall time of the study itself, over all its interrupted parts.
-        costs: Wall time of each model and measurement that it used, by its path in the output
+        numbers: The raw numbers, for other plots.
+        seconds: Wall-clock time of the study itself, all its interrupted parts included.
+        costs: Wall-clock time of each model and measurement that it used, by its path in the output
             directory; several studies may use the same.
     """
 
@@ -108,7 +113,7 @@ class Result:
 
     @property
     def took(self) -> float:
-        """Wall time of the study and all that it used."""
+        """Wall-clock time of the study and of everything it used."""
         return self.seconds + sum(self.costs.values())
 
     def to_json(self) -> dict[str, Any]:
@@ -150,5 +155,5 @@ class Study:
     run: Callable[[Context], Result]
 
     def result_path(self, out: Path) -> Path:
-        """Where its result is kept, so that an interrupted analysis goes on after it."""
+        """Where its result is stored, so that an interrupted analysis resumes after it."""
         return out / "results" / f"{self.claim}-{self.name}.json"

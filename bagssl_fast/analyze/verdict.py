@@ -1,4 +1,4 @@
-"""From numbers and their spread to a verdict; nothing here knows which claim it judges."""
+"""From numbers and their spread to a verdict, the same for every claim."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bagssl_fast.analyze.study import Verdict
 
-# Standard errors that a mean must lie from zero to count as a difference.
+# How many standard errors a mean must be away from zero to count as a difference.
 SIGMAS = 2.0
 
 
@@ -31,7 +31,7 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether it is positive, beyond `SIGMAS` standard errors."""
+        """Whether it is positive by more than `SIGMAS` standard errors."""
         if self.mean > SIGMAS * self.error:
             return "holds"
         return "does not hold" if self.mean < -SIGMAS * self.error else "undecided"
@@ -44,13 +44,13 @@ class Difference:
 def difference(first: Sequence[float], second: Sequence[float], images: int) -> Difference:
     """Of two accuracies, seed by seed: first - second.
 
-    The error adds the spread over the seeds (none is known from one seed) to that of a test set of
-    so many images, taken as if both had been tested on images of their own, which is too large for
-    the same images and so the careful side.
+    The error adds the spread over the seeds (zero for one seed) to that of a finite test set, as if
+    both had been tested on different images: on the same images it is smaller, so this is
+    conservative.
 
     Args:
         first: Accuracies in 0..1, one per seed.
-        second: Likewise, of the same seeds.
+        second: The same for the other measurement.
         images: Test images.
 
     Raises:
@@ -90,7 +90,7 @@ def paired(values: Tensor) -> Difference:
 
 
 def all_of(verdicts: Sequence[Verdict]) -> Verdict:
-    """Holds where all do; does not where one does not; else undecided."""
+    """Holds if all do; does not hold if one does not; undecided otherwise."""
     if "does not hold" in verdicts:
         return "does not hold"
     return "holds" if verdicts and set(verdicts) == {"holds"} else "undecided"
