@@ -94,7 +94,7 @@ def traffic_rows(quick: bool) -> list[dict[str, Any]]:
 
 
 def estimate(part: Any, ratio: float, dtype: str) -> float:
-    """Seconds on an H100 at its peaks; for products, whose tiles are cached, the minimum of bytes."""
+    """Seconds on an H100 at its peaks, for products (their tiles are cached) at minimum bytes."""
     has_floor = part.floor is not None
     moved = part.fewest * (ratio if has_floor else 1.0)
     return max(moved / BANDWIDTH, part.flops / (VECTOR_PEAK if has_floor else PEAK[dtype]))
