@@ -1,6 +1,6 @@
-"""bag_pool: mean and mean cosine of a bag, forward and backward, beside mean + cosine_similarity.
+"""bag_pool: mean and mean cosine of a bag, forward and backward, compared with torch.
 
-Bound by memory: at least x once in forward, x and dx once in backward, 12 bytes per element.
+Limited by memory: x once in forward, x and dx once in backward, 12 bytes per element.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""conv3x3: the four 3x3 layers of ResNet-18 on patches of 32x32, beside torch's convolution.
+"""conv3x3: the four 3x3 layers of ResNet-18 on patches of 32x32, compared with torch's convolution.
 
 64 patches in channels-last memory, forward and backward to x and weight; torch is oneDNN on a CPU.
-Parity is checked against torch in float64. Memory is not compared: ours keeps what it works in (up
-to 20 MiB) from call to call, which a peak above a warm call would not show.
+Parity is checked against torch in float64. Memory is not compared: ours keeps its buffers (up to
+20 MiB) from call to call, which the peak of a later call does not show.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def build(provider: str, case_id: str) -> Call:
 
 
 def parity(provider: str, case_id: str) -> Call:
-    """Against float64: the peer's place is taken by the truth."""
+    """Against float64, which stands in for the peer."""
     return build(EXACT if provider == TORCH else provider, case_id)
 
 

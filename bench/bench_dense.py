@@ -1,9 +1,9 @@
-"""Dense bags: all patches of an image in one pass of PatchNet, beside patch by patch.
+"""Dense bags: all patches of an image in one pass of PatchNet, compared with patch by patch.
 
 Patches of 16x16 in images of 32x32. Training: 25 patches on a 5x5 grid, encoder forward and
 backward. Inference: all 17x17 = 289 positions, in eval mode, where both give the same embeddings.
-Parity is checked in eval mode in both cases: in training, batch statistics weigh the overlaps
-differently (see `PatchNet`), so the values differ by design.
+Parity is checked in eval mode in both cases: in training, batch statistics weight overlapping
+positions differently (see `PatchNet`), so the values differ by design.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BATCHES = {TRAINING: 32, INFERENCE: 16}
 
 
 def cut(images: Tensor, stride: int) -> Tensor:
-    """[P B, 3, 16, 16], position by position, contiguous as a loader would hand them over."""
+    """[P B, 3, 16, 16], position by position, contiguous as a loader returns them."""
     windows = images.unfold(2, 16, stride).unfold(3, 16, stride)  # [B, 3, n, n, 16, 16]
     patches = windows.permute(2, 3, 0, 1, 4, 5).flatten(0, 2)
     return patches.contiguous(memory_format=torch.channels_last)

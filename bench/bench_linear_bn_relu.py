@@ -1,6 +1,6 @@
-"""linear_bn_relu, forward and backward, beside torch's Linear, BatchNorm1d and ReLU.
+"""linear_bn_relu, forward and backward, compared with torch's Linear, BatchNorm1d and ReLU.
 
-Bound by its three matrix products, 6 N F M FLOPs for x [N, F] and W [M, F].
+Limited by its three matrix products, 6 N F M FLOPs for x [N, F] and W [M, F].
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How fast are the patches: our loader beside torchvision, kornia, FFCV and DALI.
+"""How fast is the data path: our loader compared with torchvision, kornia, FFCV and DALI.
 
-Everybody gets the same JPEG files (in the page cache) and does the same work: before anything is
+All providers get the same JPEG files (in the page cache) and do the same work: before anything is
 timed, the shapes and the statistics of the pixels of all providers are compared. Rounds are
 interleaved. Cases:
 
@@ -9,11 +9,11 @@ interleaved. Cases:
   c  decoding alone, per core
   d  our own scaling, 1 thread against --threads
   e  the classic single view: a random resized crop of 224 pixels, flipped and normalized, from
-     JPEG to float32; wall time at equal threads, on the original files and on smaller ones
-     (short side 256, quality 90)
+     JPEG to float32; wall-clock time at equal threads, on the original files and on smaller
+     ones (short side 256, quality 90)
 
-Cases a to c count CPU seconds, as nothing else on the machine disturbs them much; d and e are wall
-time and want a quiet machine. FFCV and DALI may live in an environment of their own:
+Cases a to c count CPU seconds, which other processes hardly affect; d and e count wall-clock time
+and need a quiet machine. FFCV and DALI may be installed in an environment of their own:
 --peer-python names its interpreter.
 """
 
@@ -32,7 +32,7 @@ from bagssl_fast.augment import Augment
 from baselines.loader import Job, RemoteRunner, Runner, Stats
 from harness.common import OURS, Report, Timing, arguments, interleave, paint, quantiles
 
-# EMP-SSL blurs with Pillow, whose kernel has no end: 13 pixels are three sigma at the strongest.
+# EMP-SSL blurs with Pillow, whose kernel is unlimited: 13 pixels are three sigma at the strongest.
 EMP = Augment(size=32, scale=(0.25, 0.25), blur_kernel=13)
 LARGE = Augment(size=64, scale=(0.1, 0.1), blur_kernel=13)
 CLASSIC = Augment(
@@ -114,7 +114,7 @@ def corpus(source: Path, folder: Path, count: int, short_side: int = 0) -> Path:
 def is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # nor is the package that it would be in
+    except ModuleNotFoundError:  # of a package that contains the module
         return False
 
 
@@ -151,7 +151,7 @@ class Bench:
         return Job(str(folder / "files"), str(folder / "images.tar"), augment, **more)
 
     def open(self, name: str, job: Job) -> Runner | RemoteRunner | None:
-        """Opens a provider here, or in the peers' Python, or says how it is installed."""
+        """Opens a provider here, or in the peers' Python, or prints how to install it."""
         if name == OURS:
             return Runner(ours, job)
         peer = PEERS[name]
@@ -178,7 +178,7 @@ class Bench:
         clocks: tuple[str, ...],
         unit: str,
     ) -> dict[str, list[Timing]]:
-        """Checks that all do the same work, then times them; the first clock has the floors."""
+        """Checks that all do the same work, then times them; floors apply to the first clock."""
         runners = {name: self.open(name, job) for name in (OURS, *floors)}
         running = {name: runner for name, runner in runners.items() if runner}
         self.same_work(case, {name: runner.check() for name, runner in running.items()})
@@ -190,7 +190,7 @@ class Bench:
             metric = f"{unit} per {'core' if clock == 'cpu' else 'second'}"
             for name, timings in times.items():
                 if clock == "cpu" and name.startswith("torchvision") and not job.inline:
-                    continue  # its time passes in worker processes
+                    continue  # its work is done in worker processes
                 rates = [1 / getattr(t, clock) for t in timings]
                 self.report.add(case, name, metric, rates, f"{unit}/s")
             self.report.table(
@@ -213,7 +213,7 @@ class Bench:
             for what in ("mean", "std"):
                 error = abs(getattr(mine, what) - getattr(theirs, what))
                 sampling = sum(getattr(s, f"{what}_error") ** 2 for s in (mine, theirs)) ** 0.5
-                # Interpolation and blur are not the same everywhere to the last per cent.
+                # Interpolation and blur differ between providers by a few percent.
                 self.report.parity(case, f"{name} {what}", error, 4 * sampling + 0.02 * mine.std)
 
 
@@ -238,7 +238,7 @@ def case_b(bench: Bench) -> None:
 
 
 def many_patches(bench: Bench, case: str, title: str, job: Job, floor: float) -> None:
-    """Patches per second of CPU time, beside torchvision's two pipelines and kornia."""
+    """Patches per second of CPU time, compared with torchvision's two pipelines and kornia."""
     floors = {"torchvision PIL": floor, "torchvision v2": floor, "kornia": None}
     times = bench.compare(case, f"{case}  {title}", job, floors, ("cpu",), "patches")
     decode_share(bench, case, job, times)
@@ -250,7 +250,7 @@ def case_c(bench: Bench) -> None:
     count = bench.count(32, 320)
     job = bench.job("imagenet-sample.tar", count, CLASSIC, patches=1, batch_size=32)
     files = loader_decode.read(job)
-    files *= -(-64 // len(files))  # so that one pass is long enough for buffers to be reused
+    files *= -(-64 // len(files))  # one pass must be long enough for buffers to be reused
     decoders = {OURS: loader_decode.ours(), **loader_decode.decoders()}
     for name, decoder in decoders.items():
         error = loader_decode.largest_difference(decoder, files[:16])
@@ -291,14 +291,14 @@ def case_d(bench: Bench) -> None:
             ours=last,
             floors={first: 1.8 if many == 2 else 0.9 * many},
             larger_is_better=True,
-            title=f"{case}: {last} against {first}, wall time",
+            title=f"{case}: {last} against {first}, wall-clock time",
         )
 
 
 def case_e(bench: Bench) -> None:
     count = bench.count(96, 320)
     floors = {"FFCV": 1.3, "DALI": 1.5, "torchvision PIL": None, "torchvision v2": None}
-    # FFCV compiles for seconds whenever it is opened: --quick has one number of threads.
+    # FFCV compiles for seconds whenever it is opened: --quick uses one number of threads.
     thread_counts = sorted({1, bench.options.threads})[-1 if bench.options.quick else 0 :]
     for kind, short_side in (("originals", 0), ("short side 256", 256)):
         for threads in thread_counts:
@@ -319,7 +319,7 @@ def case_e(bench: Bench) -> None:
 
 
 def decode_share(bench: Bench, case: str, job: Job, times: dict[str, list[Timing]]) -> None:
-    """What we spend on an image, beside what merely decoding all of it costs."""
+    """Our CPU time per image, compared with that of only decoding all of it."""
     from baselines import loader_decode
 
     files = loader_decode.read(job)
@@ -344,7 +344,7 @@ def main() -> None:
     parser.add_argument("--cases", default="a,b,c,d,e", help="which, separated by commas")
     parser.add_argument("--peer-python", metavar="PATH", help="a Python that has FFCV and DALI")
     parser.add_argument(
-        "--providers", nargs="*", choices=[*PEERS], help="only these beside ours (default: all)"
+        "--providers", nargs="*", choices=[*PEERS], help="only these besides ours (default: all)"
     )
     parser.add_argument("--images", type=int, help="images per case (default: its own number)")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""patch_embed: a linear layer over patches of uint8 images, beside unfold + linear.
+"""patch_embed: a linear layer over patches of uint8 images, compared with unfold + linear.
 
-The peer normalizes the images, cuts the patches by `F.unfold` (or, at positions that are no grid,
-by indexing) and applies `F.linear`. Timed is forward, and backward to weight and bias.
+The peer normalizes the images, cuts the patches with `F.unfold` (or by indexing, at positions that
+form no grid) and applies `F.linear`. Timed: forward, and backward to weight and bias.
 """
 
 from __future__ import annotations

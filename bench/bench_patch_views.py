@@ -1,6 +1,6 @@
-"""patch_views: patches cut, augmented and normalized from decoded images, beside torchvision's v2.
+"""patch_views: patches cut, augmented and normalized from images, compared with torchvision v2.
 
-All providers are given the same images and the same parameters, drawn beforehand. The peer runs
+All providers get the same images and the same parameters, drawn beforehand. The peer runs
 torchvision's functional ops on uint8 tensors patch by patch, as its transforms do, and normalizes
 all patches at once. There is no backward.
 """
@@ -34,7 +34,7 @@ class Shape:
 
 
 SHAPES = {
-    # EMP-SSL's augmentation; its blur, Pillow's, has no end: 13 pixels are three sigma.
+    # EMP-SSL's augmentation; its blur, Pillow's, is unlimited: 13 pixels are three sigma.
     "P20 B100, 32x32 -> 32": Shape(100, (32, 32), 20, Augment(size=32, blur_kernel=13)),
     "P4 B8, 500x375 -> 64": Shape(
         8, (375, 500), 4, Augment(size=64, scale=(0.1, 0.1), blur_kernel=13)

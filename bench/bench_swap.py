@@ -1,10 +1,10 @@
 """Other people's training before and after the swap: the same losses, seconds and memory.
 
-Each host trains twice at once, from the same weights on the same CIFAR-10 patches, its steps taken
-in turn: as it is, and with our pieces in place (`apply_to_*`). The loss curves must agree; how far
-apart two may drift shows a third training, of the host as it is on patches that are one rounding
-off. Time is that of whole steps: forward, loss, backward, optimizer; data is not in it. A host that
-is not here is named and left out; docs/swap-in.md says how to get it. With a checkout of lightly,
+Each host trains twice, from the same weights on the same CIFAR-10 patches, with interleaved steps:
+unmodified, and with our components (`apply_to_*`). The loss curves must agree; a third training, of
+the unmodified host on patches that differ by one rounding, shows how far two may drift apart. Time
+is that of whole steps: forward, loss, backward, optimizer, without data. A host that is not
+installed is named and skipped; docs/swap-in.md describes how to get it. With a checkout of lightly,
 its own tests of the three losses run on our classes.
 """
 
@@ -33,7 +33,7 @@ from harness.swap_hosts import HOSTS, PIXELS, Host, Missing, Step, checkout, rev
 
 AS_IT_IS = "the host as it is"
 CONTROL = "the host, one rounding off"
-# Of the loss, at any step. A training that drifts further by itself allows twice what it does.
+# Of the loss, at any step; twice the control's drift if that is more.
 CURVE_TOLERANCE = 1e-2
 LIGHTLY_TESTS = ("vicreg_loss", "barlow_twins_loss", "vicregl_loss", "emp_ssl_loss")
 
@@ -55,7 +55,7 @@ def crops(source: str, host: Host, batches: int) -> list[list[Tensor]]:
 def train(
     host: Host, batches: list[list[Tensor]], steps: int
 ) -> tuple[dict[str, list[Timing]], dict[str, list[float]]]:
-    """Seconds and losses of every step, with and without our pieces and of the control, in turn."""
+    """Seconds and losses of every step of the three trainings, whose steps are interleaved."""
     module = host.load()
     providers: dict[str, Callable[[Any], Any]] = {
         AS_IT_IS: lambda _: nullcontext(),
@@ -82,7 +82,7 @@ def one_step(step: Step, batch: list[Tensor], losses: list[float]) -> None:
 
 
 def memory_call(name: str, provider: str, batch: Sequence[Tensor], threads: int) -> Callable:
-    """One training step, after another one, for a fresh process."""
+    """One training step after a first one, for a fresh process."""
     torch.set_num_threads(threads)
     host = HOSTS[name]
     module = host.load()
@@ -117,7 +117,7 @@ def bench(report: Report, name: str, options: Any) -> None:
     print(f"\n{case}: {host.shape}; {steps} steps, loss {first:.4g} to {last:.4g},")
     print(f"  the two curves are within {error:.1e} of each other at every step;")
     print(f"  {CONTROL}, within {drift:.1e}")
-    report.table(case, "step", title=f"{case}: a whole step, wall time")
+    report.table(case, "step", title=f"{case}: a whole step, wall-clock time")
     report.table(case, "cpu time", title=f"{case}: a whole step, CPU time")
     if not options.no_memory:
         for provider in (OURS, AS_IT_IS):
@@ -130,7 +130,7 @@ def lightly_tests(report: Report) -> None:
     """lightly's own tests of its losses, run on our classes."""
     folder = checkout("lightly")
     if importlib.util.find_spec("pytest_mock") is None:
-        raise Missing("lightly's tests want pytest-mock")
+        raise Missing("lightly's tests need pytest-mock: pip install pytest-mock")
     here = str(Path(__file__).resolve().parent)
     files = [f"tests/loss/test_{name}.py" for name in LIGHTLY_TESTS]
     flags = "-q -p harness.swap_plugin -p no:cacheprovider -W ignore"
@@ -171,13 +171,13 @@ def main() -> None:
         try:
             bench(report, name, options)
         except Missing as missing:
-            print(f"\n{name}: not here; {missing}")
-        report.save(options.json, options.csv)  # what is done is kept
+            print(f"\n{name} is skipped: {missing}")
+        report.save(options.json, options.csv)  # keep finished hosts if a later one fails
     if any(name.startswith("lightly") for name in needed):
         try:
             lightly_tests(report)
         except Missing as missing:
-            print(f"\nlightly's own loss tests: not here; {missing}")
+            print(f"\nlightly's own loss tests are skipped: {missing}")
     report.save(options.json, options.csv)
 
 

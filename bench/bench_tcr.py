@@ -1,7 +1,7 @@
-"""tcr: the coding rate of P slots and its gradient, beside EMP-SSL's loop.
+"""tcr: the coding rate of P slots and its gradient, compared with EMP-SSL's loop.
 
 EMP-SSL's code calls `logdet(I + D / (B eps) Z^T Z) / 2`, D x D, once for each of the P patches of
-a bag; the loop here is that formula with autograd. Rows have norm 1, as its head's have.
+a bag (`baselines/losses.py`). Rows have norm 1, like its projections.
 """
 
 from __future__ import annotations

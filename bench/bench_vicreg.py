@@ -1,7 +1,7 @@
-"""vicreg: all three terms and their gradients, beside the VICReg authors' formula and lightly.
+"""vicreg: all three terms and their gradients, compared with the authors' formula and lightly.
 
 The authors' formula (`baselines/losses.py`) runs slot by slot; lightly's class runs where there are
-two slots. Timed is the weighted loss (25, 25, 1), forward and backward to z.
+two slots. Timed: the weighted loss (25, 25, 1), forward and backward to z.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Do the fused ops train as the reference does? `python bench/convergence.py --data CIFAR.tar`
 
 Trains PatchNet on dense bags for 200 steps three times for each loss, from the same weights on the
-same bags: with the reference of every op, with the implementation of this device, and, as a
-control, with the reference on one thread, whose sums round otherwise. Training amplifies rounding:
-what the control's curve leaves the reference's by is what no implementation can do better than.
-The exit code is 1 where the fused curve, a mean over 10 steps, is further from the reference's
-than three times the control's furthest, or 1% of the loss's range, whichever is more; or where the
-first loss differs by more than 1e-5.
+same bags: with the reference of every op, with the implementation for this device, and, as a
+control, with the reference on one thread, whose sums are rounded differently. Training amplifies
+rounding: no implementation can be expected to be closer to the reference than the control is. The
+exit code is 1 if the fused curve, a mean over 10 steps, is farther from the reference's than three
+times the control's largest distance, or 1% of the loss's range, whichever is more; or if the first
+loss differs by more than 1e-5.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> int:
     if options.plot:
         plot(curves, options.plot)
     if apart:
-        print(f"the curves part: {', '.join(apart)}", file=sys.stderr)
+        print(f"the curves differ: {', '.join(apart)}", file=sys.stderr)
     return int(bool(apart))
 
 
@@ -93,7 +93,7 @@ def distance(curve: list[float], truth: list[float], window: int = 10) -> float:
 
 
 def plot(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """The curves of each loss, the fused one dashed on top of the reference's."""
+    """The curves of each loss, the fused one dashed over the reference's."""
     import matplotlib
 
     matplotlib.use("Agg")

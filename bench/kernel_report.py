@@ -1,20 +1,20 @@
-"""What can be said of the kernels without a GPU: `python bench/kernel_report.py [--json PATH]`.
+"""Static analysis of the kernels, without a GPU: `python bench/kernel_report.py [--json PATH]`.
 
 For every kernel at the shapes of the recipes, for sm_80, sm_90, sm_100 and gfx942 and each dtype,
-compiled ahead of time exactly as it would be launched: registers, spills, shared memory, occupancy,
-matrix instructions. For every pass: bytes loaded and stored, counted in Triton's interpreter, over
-the fewest possible (each input, result and saved tensor once). Bytes of bfloat16 are those of
-float16, which the interpreter can run.
+compiled ahead of time exactly as for a launch: registers, spills, shared memory, occupancy, matrix
+instructions. For every pass: bytes loaded and stored, counted in Triton's interpreter, divided by
+the minimum (each input, result and saved tensor once). Bytes of bfloat16 are those of float16,
+which the interpreter can run.
 
-Floors, on which the exit status depends: no spills to memory (on gfx942 scalar registers spill into
-lanes of vector registers: shown beside, as "+n"); no more shared memory than the target has;
-matrix instructions wherever there is a dot; at most 1.15 times the fewest bytes for patch_views,
+The exit status depends on these limits: no spills to memory (on gfx942 scalar registers spill into
+lanes of vector registers: shown as "+n"); no more shared memory than the target has; matrix
+instructions in every kernel with a dot; at most 1.15 times the minimum of bytes for patch_views,
 bag_pool, the passes around linear_bn_relu's products and vicreg's statistics. Bytes of a scratch
-that is small enough for the second-level cache (of views above 64 pixels) are counted beside.
+buffer that fits the second-level cache (of views above 64 pixels) are counted separately.
 
 `h100_us` is an ESTIMATE, not a measurement: the larger of bytes / 3.35 TB/s and FLOPs over the
-tensor cores' peak (989 TFLOP/s in 16 bits, 165 in float32 as three TF32 products; 67 for what has
-no dot), i.e. what an H100 would take if it did nothing but that.
+tensor cores' peak (989 TFLOP/s in 16 bits, 165 in float32 as three TF32 products; 67 without a
+dot), i.e. the time of an H100 at those peaks.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def traffic_rows(quick: bool) -> list[dict[str, Any]]:
 
 
 def estimate(part: Any, ratio: float, dtype: str) -> float:
-    """Seconds on an H100 by its peaks; of products, whose tiles reload from cache, fewest bytes."""
+    """Seconds on an H100 at its peaks, for products (their tiles are cached) at minimum bytes."""
     has_floor = part.floor is not None
     moved = part.fewest * (ratio if has_floor else 1.0)
     return max(moved / BANDWIDTH, part.flops / (VECTOR_PEAK if has_floor else PEAK[dtype]))
@@ -109,7 +109,7 @@ def count_in_interpreter(quick: bool) -> list[dict[str, Any]]:
 
 
 def failures(kernels: list[dict[str, Any]], traffic: list[dict[str, Any]]) -> list[str]:
-    """Every floor that is missed, in words."""
+    """A message for every limit that is missed."""
     missed = []
     for row in kernels:
         name = f"{row['kernel']} ({row['case']}, {row['target']}, {row['dtype']})"
@@ -122,7 +122,7 @@ def failures(kernels: list[dict[str, Any]], traffic: list[dict[str, Any]]) -> li
     for row in traffic:
         if row["floor"] and row["ratio"] > row["floor"]:
             name = f"{row['op']} {row['pass']} ({row['case']}, {row['dtype']})"
-            missed.append(f"{name}: {row['ratio']:.3f} times the fewest bytes")
+            missed.append(f"{name}: {row['ratio']:.3f} times the minimum of bytes")
     return missed
 
 
@@ -184,7 +184,7 @@ def main() -> int:
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    print("\n" + ("\n".join(["floors missed:", *missed]) if missed else "all floors hold"))
+    print("\n" + ("\n".join(["limits missed:", *missed]) if missed else "all limits are met"))
     return 1 if missed else 0
 
 

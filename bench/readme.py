@@ -1,7 +1,8 @@
 """Write the README's performance section from `bench/results/*.json`: `python bench/readme.py`.
 
-A table per bench; a line for each of our forms in a case: its figure, and how many times better it
-is than each other provider's in the same run. Ratios are those of the medians; below 1 we lose.
+One table per bench with a line for each of our variants in a case: its figure, and how many times
+better it is than each other provider in the same run. Ratios are of the medians; below 1 ours
+loses.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ METRICS = {"images per second", "time", "memory", "step", "patches per core", "i
 
 
 def is_shown(row: dict[str, Any]) -> bool:
-    """Whether a row stands in the README; the JSON files have all."""
+    """Whether the README shows a row; the JSON files have all."""
     if row["bench"] == "throughput":
         return row["metric"] in ("images per second", "memory")
     return row["metric"] in METRICS or row["metric"].startswith("seconds to ")
@@ -49,11 +50,11 @@ def rows() -> list[dict[str, Any]]:
 
 
 def tables(found: list[dict[str, Any]]) -> str:
-    """Markdown: a table per title, a line per case and form of ours."""
+    """Markdown: a table per title, a line per case and variant of ours."""
     cases: dict[tuple[str, str], dict[str, dict[str, dict[str, Any]]]] = {}
     for row in filter(is_shown, found):
         metrics = cases.setdefault((row["bench"], row["case"]), {})
-        # What is timed stands beside its memory; targets of accuracy are lines of their own.
+        # Time and memory share a line; accuracy targets have lines of their own.
         metrics.setdefault(row["metric"], {})[row["provider"]] = row
     blocks: dict[str, list[str]] = {title: [] for title in TITLES}
     for (bench, case), metrics in cases.items():
@@ -82,7 +83,7 @@ def tables(found: list[dict[str, Any]]) -> str:
 
 
 def comparison(providers: dict[str, dict[str, Any]], mine: str) -> str:
-    """How many times better `mine` is than each provider that is not ours."""
+    """How many times better `mine` is than each other provider."""
     theirs = {name: row for name, row in providers.items() if not name.startswith(OURS)}
     shown = [row["value"] for row in (providers.get(mine), *theirs.values()) if row]
     if mine not in providers or min(shown) <= 0 or math.isinf(min(shown)):
@@ -91,7 +92,7 @@ def comparison(providers: dict[str, dict[str, Any]], mine: str) -> str:
 
 
 def word(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """How many times better ours is, or who reached an accuracy at all."""
+    """How many times better ours is, or which of the two reached an accuracy at all."""
     if math.isinf(theirs["value"]):
         return "(not reached)"
     return "(reached)" if math.isinf(ours["value"]) else f"{ratio(ours, theirs):.3g}"
@@ -112,7 +113,7 @@ def updated(readme: str) -> str:
     )
     text = (
         "Measured side by side in one run, at equal numerics (checked before timing), medians of "
-        f"interleaved rounds; below 1 we lose:\n\n{machines}\n\n{tables(found)}\n"
+        f"interleaved rounds; below 1 ours is slower:\n\n{machines}\n\n{tables(found)}\n"
     )
     after, count = SECTION.subn(lambda m: m[1] + text + m[2], readme)
     if count != 1:

@@ -33,7 +33,7 @@ def runs() -> list:
         for bench in BENCHES
         for case in bench.CASES
         for name in (OURS, *case.providers)
-        # The rest takes minutes: `python bench/bench_<op>.py`.
+        # The others take minutes: `python bench/bench_<op>.py`.
         if case.quick and name != COMPILED
     ]
 

@@ -1,31 +1,32 @@
-"""How much faster than what I run today? Whole training steps, on this machine, at equal numerics.
+"""Whole training steps on this machine, at equal numerics: how much faster are they than today's?
 
     python bench/throughput.py [--quick] [--data FOLDER] [--cases ...] [--systems ...] [--plot PNG]
 
-Every system takes the same steps: data, encode, loss, backward, optimizer. All get the same images
+Every system runs the same steps: data, encode, loss, backward, optimizer. All get the same images
 (CIFAR-10 as arrays, ImageNet as JPEG files), P, patch size, encoder, projector, weights, loss and
-optimizer; before a system is timed its loss and gradient on given patches and weights are compared
-with the float64 reference, and a system whose parity is red is refused. Systems (`baselines/` and
-`harness/ours.py`, one small file each):
+optimizer; before a system is timed, its loss and gradient on given patches and weights are compared
+with the float64 reference, and a system that does not agree is refused. Systems (`baselines/` and
+`harness/ours.py`):
 
-  emp_ssl            the authors' way: torchvision on PIL images in DataLoader workers, a loss that
+  emp_ssl            the authors' code: torchvision on PIL images in DataLoader workers, a loss that
                      loops over the patches (2304.03977)
   vicreg             the same with VICReg's authors' loss (2105.04906)
   torch              the best plain PyTorch: uint8 from the workers, channels-last, batched losses
-  torch_compile      the same compiled (not with --quick)
+  torch_compile      the same, compiled (not with --quick)
   torch_kornia       the same with kornia's batched transforms
   lightly            lightly's transforms and losses
   bagssl_fast        ours, every patch with an augmentation of its own, as all of the above
   bagssl_fast_dense  ours, P patches on a grid of one augmented view, encoded in one pass: the
-                     patches of a bag share one augmentation. The work of a step is smaller for that
-                     reason, and no other system has it; `bagssl_fast` is without it.
+                     patches of a bag share one augmentation, which makes a step less work. No
+                     other system does this, nor does `bagssl_fast`.
   bagssl_fast_compile, _dense_compile, _device (patches cut on the GPU): by default on CUDA only
 
-A turn is one pass over a few batches that begins and ends with an empty pipeline, so that no
-system's workers disturb another's turn or work ahead for the next one. Turns of all systems are
-interleaved; figures are the median (p20, p80) over the rounds, ratios are taken round by round.
-OMP_WAIT_POLICY is PASSIVE for all: threads that spin while they wait cost the workers their cores.
-`memory` is the peak of a step above what model, optimizer and library hold, without the workers.
+A turn is one pass over a few batches that begins and ends with an empty pipeline, so that the
+workers of one system neither disturb another's turn nor work ahead for the next. Turns of all
+systems are interleaved; figures are the median (p20, p80) over the rounds, ratios are computed
+round by round. OMP_WAIT_POLICY is PASSIVE for all: threads that spin while they wait would take
+cores from the workers. `memory` is the peak of a step above that of model, optimizer and library,
+without the workers.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ SYSTEMS = {
 QUICK_SYSTEMS = ("emp_ssl", "torch", "torch_kornia", "bagssl_fast", "bagssl_fast_dense")
 QUICK_CASES = ("cifar-tcr", "eval-256")
 ON_GPU_ONLY = ("bagssl_fast_compile", "bagssl_fast_dense_compile", "bagssl_fast_device")
-# The least that ours has to reach on 2 CPU threads, data included; "best" is the best baseline.
+# The minimum speedup of ours on 2 CPU threads, data included; "best" is the fastest baseline.
 FLOORS = {
     "cifar-tcr": {"emp_ssl": 6.0, "best": 2.5},
     "cifar-resnet18": {"emp_ssl": 1.3},
@@ -102,7 +103,7 @@ def import_system(where: str) -> type[System]:
 
 
 class Timed:
-    """A system's turns: how long each phase took in each."""
+    """A system's turns: the seconds of each phase in each."""
 
     def __init__(self, system: System) -> None:
         self.system = system
@@ -151,7 +152,7 @@ class Bench:
         return self.corpora[corpus, count]
 
     def names(self, case: Case) -> list[str]:
-        """The systems of a case: as asked, or by default those that are worth their time."""
+        """The systems of a case: those asked for, or a default selection."""
         o = self.options
         if o.systems:
             return o.systems
@@ -162,11 +163,11 @@ class Bench:
             ]
         names = [n for n in self.systems if o.device == "cuda" or n not in ON_GPU_ONLY]
         if o.device == "cpu" and case.name != "cifar-tcr":
-            names.remove("torch_compile")  # minutes of compilation per case: the first one will do
+            names.remove("torch_compile")  # minutes of compilation per case: one case is enough
         return names
 
     def open(self, name: str, setup: Setup) -> System | None:
-        """Opens a system and checks its parity; None if it is absent, unfit or refused."""
+        """Opens a system and checks its parity; None if it is missing, unsupported or refused."""
         where, install = self.systems[name]
         try:
             system_class = import_system(where) if isinstance(where, str) else where
@@ -179,7 +180,7 @@ class Bench:
         case = setup.case.name
         try:
             parity = check(system)
-        except RuntimeError as error:  # a library's own failure is no reason to stop the others
+        except RuntimeError as error:  # a library's failure must not stop the other systems
             print(paint(f"  {name} FAILS here: {str(error).splitlines()[0]}", "red"))
             system.close()
             return None
@@ -249,7 +250,7 @@ class Bench:
         return {name: floor for name, floor in floors.items() if name in steps}
 
     def show(self, case: Case, timed: dict[str, Timed], memory: dict[str, float]) -> None:
-        """The table of a case: rates and ratios, then where each step goes."""
+        """The table of a case: rates and ratios, then the time of each phase."""
         medians = {name: quantiles(turn.steps)[0] for name, turn in timed.items()}
         mine = [name for name in medians if is_ours(name)]
         ours = min(mine, key=lambda name: medians[name]) if mine else "bagssl_fast"
@@ -332,22 +333,22 @@ def parse(argv: Sequence[str] | None = None, systems: Iterable[str] = SYSTEMS) -
     parser.add_argument(
         "--systems", nargs="+", choices=[*systems], metavar="SYSTEM", help=", ".join(systems)
     )
-    parser.add_argument("--synthetic", action="store_true", help="no data path: the ceiling")
+    parser.add_argument("--synthetic", action="store_true", help="no data path: the upper bound")
     parser.add_argument("--batch", type=int, default=0, help="images per step, at most the case's")
     parser.add_argument("--steps", type=int, default=0, help="steps of a turn")
-    parser.add_argument("--seconds", type=float, default=0, help="about how long a case is timed")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw where each step goes")
+    parser.add_argument("--seconds", type=float, default=0, help="approximate time per case")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the time of each phase")
     parser.add_argument("--scale", action="store_true", help="cost against P, B, D and image size")
     options = parser.parse_args(argv)
     options.cases = options.cases or (QUICK_CASES if options.quick else every)
     options.seconds = options.seconds or (12 if options.quick else 45)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no CUDA device here")
+        parser.error("--device cuda: no CUDA device is available")
     return options
 
 
 def main(argv: Sequence[str] | None = None, systems: dict[str, Any] | None = None) -> int:
-    """Runs the bench; returns 1 if a system was refused."""
+    """Runs the bench; returns 1 if a system is refused."""
     options = parse(argv, systems or SYSTEMS)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="throughput_") as work:

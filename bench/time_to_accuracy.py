@@ -2,19 +2,18 @@
 
     python bench/time_to_accuracy.py [--quick] [--systems ...] [--seeds 3] [--epochs 1]
 
-The bags are those of `configs/cifar10_dense.yaml`: two views of 24 pixels for a dense bag and four
-patches of 16 pixels of each; the baselines draw eight patches of the same sizes, each augmented by
-itself.
-Every system trains the same encoder (PatchNet of width 64) from the same weights by the same
-optimizer (the recipe's AdamW, its cosine schedule as long as the training), on its own data path:
-ours dense and patch by patch, the baselines patch by patch. Now and then the clock stands still,
-and a frozen copy of the encoder embeds the bags of 25 patches of the training images and of some
-test images for the two probes, whichever system trained it; the embedding is the hypercolumn of
-`configs/cifar10_cpu.yaml` (the means of all maps: it has no weights of its own). Workers that go on
-during that pause gain a few batches at most. The time to a target is interpolated between the two
-evaluations around it: `inf` where no evaluation reaches it, 0 where the initialization does. A
-training ends when every target is reached. Seeds change the initialization, the order of the images
-and their augmentation; they run one after another, so read this on a quiet machine.
+The bags are those of `configs/cifar10_dense.yaml`: a dense bag has two views of 24 pixels with four
+patches of 16 pixels each; the baselines draw eight patches of the same sizes, each with its own
+augmentation. Every system trains the same encoder (PatchNet of width 64) from the same weights with
+the same optimizer (the recipe's AdamW, its cosine schedule over the whole training), on its own
+data path: ours dense and patch by patch, the baselines patch by patch. At intervals the clock is
+stopped, and a frozen copy of the encoder embeds bags of 25 patches of the training images and of
+some test images for the two probes, in the same way for every system; the embedding is the
+hypercolumn of `configs/cifar10_cpu.yaml` (the means of all maps: it has no weights of its own).
+Workers that run during that pause gain a few batches at most. The time to a target is interpolated
+between the two evaluations around it: `inf` if no evaluation reaches it, 0 if the initialization
+does. A training ends when every target is reached. Seeds change the initialization, the order of
+the images and their augmentation; they run one after another, so use a quiet machine.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def labels(images: Images) -> Tensor:
 
 @torch.inference_mode()
 def bags(system: System, images: Images) -> Tensor:
-    """Embeddings of the images by the system's encoder as it is now, 25 patches each."""
+    """Embeddings of the images by the system's current encoder, 25 patches each."""
     case = system.case
     trained: Any = system.model
     theirs = (trained.backbone if isinstance(trained, BagModel) else trained.encoder).state_dict()
@@ -110,9 +109,9 @@ def run(
 
     Args:
         system: What trains.
-        probes: Images that the probes learn from, and that they are tested on.
+        probes: Training images and test images of the probes.
         evaluations: How many after the first one, evenly spread.
-        first: The evaluation before the first step, if another system has made it.
+        first: The evaluation before the first step, if another system has already done it.
     """
     laps, curve, seconds = Laps(clock(system.setup.device)), [first] if first else [], 0.0
     schedule = lr_scheduler.LambdaLR(system.optimizer, partial(lr_factor, system.setup.steps))

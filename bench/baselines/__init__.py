@@ -1,1 +1,1 @@
-"""What people run today, written by us after the published settings: one small file each."""
+"""What people run today, written by us from the published settings: one small file each."""

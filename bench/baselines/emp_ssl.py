@@ -1,6 +1,6 @@
 """EMP-SSL as its authors' code trains (2304.03977), written from the paper's formulas.
 
-torchvision's PIL transforms in DataLoader workers, every patch encoded by itself in one batch of
+torchvision's PIL transforms in DataLoader workers, every patch encoded separately in one batch of
 P x B, a loss that loops over the patches with a D x D determinant each, LARS around SGD tensor by
 tensor.
 """

@@ -1,10 +1,10 @@
-"""Plain PyTorch with kornia's batched transforms in its place of the workers: arrays only."""
+"""Plain PyTorch with kornia's batched transforms instead of workers: arrays only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import kornia.augmentation  # noqa: F401  (an ImportError here says that it is not installed)
+import kornia.augmentation  # noqa: F401  (raises ImportError if it is not installed)
 import torch
 from torch import Tensor
 

@@ -1,9 +1,9 @@
 """lightly's transforms and losses in its usual loop: PIL in DataLoader workers.
 
 Its `EMPSSLLoss` adds the coding rate where EMP-SSL subtracts it, which drives toward collapse
-(lightly 1.6): here the two functions that it is made of are called with the sign put right. Its
-`VICRegLoss` takes two views; for P of them the functions that it is made of are called, variance
-and covariance on all slots at once, the invariance on every pair.
+(lightly 1.6): here its two component functions are called with the correct sign. Its `VICRegLoss`
+takes two views; for P of them its component functions are called, variance and covariance on all
+slots at once, the invariance on every pair.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from baselines.step import Bags, Setup, System, TensorwiseLARS, worker_loader
 class Lightly(EMPSSL):
     name = "lightly"
     losses = ("emp_ssl", "vicreg")
-    note = "its EMPSSLLoss with the sign of the coding rate put right, on a CPU slot by slot"
+    note = "its EMPSSLLoss with the sign of the coding rate corrected, on a CPU slot by slot"
 
     def __init__(self, setup: Setup) -> None:
         System.__init__(self, setup)
@@ -51,7 +51,7 @@ class Lightly(EMPSSL):
         invariance = [
             vicreg_loss.invariance_loss(x, y) for x, y in itertools.combinations(z.unbind(), 2)
         ]
-        slots = z.transpose(0, 1)  # its losses want [B, ..., D]
+        slots = z.transpose(0, 1)  # its losses expect [B, ..., D]
         variance = vicreg_loss.variance_loss(slots)
         covariance = vicreg_loss.covariance_loss(slots)
         return 25.0 * torch.stack(invariance).mean() + 25.0 * variance + 2.0 * covariance

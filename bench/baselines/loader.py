@@ -1,7 +1,7 @@
 """What the loader baselines share: a job, a provider that does it, and the process that runs it.
 
 A provider is named by a string, "module:function", so that it can be opened in this process or
-in a worker of another Python (optional peers often want an environment of their own). The
+in a worker of another Python (optional peers often need an environment of their own). The
 function takes a `Job` and returns a callable; each call of that is one pass over the files and
 yields batches, float32 tensors whose last dimensions are [3, h, w] in whatever memory format.
 """
@@ -31,7 +31,7 @@ from harness.common import Timing, cpu_seconds  # noqa: E402
 
 @dataclass(frozen=True)
 class Job:
-    """The same work for everybody: these files, this augmentation, this many patches."""
+    """The same work for every provider: files, augmentation, number of patches."""
 
     folder: str  # the JPEG files, class folders in it
     tar: str  # the same files in a tar
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Stats:
-    """What came out of one pass, to compare providers: means over patches, and their errors."""
+    """The result of one pass, to compare providers: means over patches, and their errors."""
 
     patches: int
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class Runner:
             provider = getattr(importlib.import_module(module), function)
         opened = provider(job)
         self.batches: Callable[[], Iterator[Any]] = opened
-        # A pipeline that never stands still works ahead between rounds; it hands that over first.
+        # A pipeline that works ahead between rounds returns those batches first.
         self.drain: Callable[[], None] = getattr(opened, "drain", lambda: None)
         self.patches = len(job.files()) * job.patches
 
@@ -114,7 +114,7 @@ class RemoteRunner:
         self._process = subprocess.Popen(
             [python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
         )
-        # The other Python need not have our package: plain attributes instead of our record.
+        # The other Python may not have our package: plain attributes instead of our record.
         self._ask((provider, replace(job, augment=SimpleNamespace(**vars(job.augment)))))
 
     def _ask(self, message: Any) -> Any:
@@ -148,9 +148,9 @@ class RemoteRunner:
 
 
 def serve() -> None:
-    """The worker: opens the provider that it is told, then runs or checks it until told no more."""
+    """The worker: opens the requested provider, then runs or checks it until its input ends."""
     inbox = sys.stdin.buffer
-    # Whatever libraries print goes to stderr: stdout carries the answers.
+    # Output of libraries goes to stderr: stdout carries the answers.
     outbox = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     runner: Runner | None = None
@@ -158,7 +158,7 @@ def serve() -> None:
         try:
             message = pickle.load(inbox)
         except EOFError:
-            os._exit(0)  # at once: some libraries' threads never end
+            os._exit(0)  # immediately: some libraries' threads never end
         try:
             if runner is None:
                 runner = Runner(*message)
@@ -172,6 +172,6 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    from baselines import loader  # pickles name this module by its import path
+    from baselines import loader  # pickled classes refer to this module by its import path
 
     loader.serve()

@@ -55,7 +55,7 @@ class Dali:
             self.batch()
 
     def __call__(self) -> Iterator[torch.Tensor]:
-        """One pass; the reader goes round for ever, so the last batch is filled up."""
+        """One pass; the reader repeats the files endlessly, so the last batch is full."""
         for _ in range(math.ceil(self.count / self.batch_size)):
             yield self.batch()
 

@@ -1,4 +1,4 @@
-"""JPEG decoders, from bytes in memory to RGB, in one thread: ours and the quickest of others."""
+"""JPEG decoders, from bytes in memory to RGB, in one thread: ours and other fast ones."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def read(job: Job) -> list[bytes]:
 
 
 def largest_difference(decoder: Decoder, files: list[bytes]) -> float:
-    """How far a decoder's pixels are from simplejpeg's, over a few files."""
+    """Largest difference of a decoder's pixels from simplejpeg's, over a few files."""
     return max(
         float(np.abs(np.asarray(decoder.one(f)).astype(int) - simplejpeg.decode_jpeg(f)).max())
         for f in files

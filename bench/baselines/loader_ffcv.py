@@ -18,7 +18,7 @@ from baselines.loader import Job
 
 
 class OriginalJPEG(RGBImageField):
-    """Stores a JPEG file as it is: FFCV's own field would encode it anew."""
+    """Stores a JPEG file as it is: FFCV's own field would re-encode it."""
 
     def encode(self, destination, data: bytes, malloc) -> None:  # type: ignore[no-untyped-def]
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
@@ -29,7 +29,7 @@ class OriginalJPEG(RGBImageField):
 
 
 class Files:
-    """(bytes, label) of each file, what the writer asks for."""
+    """(bytes, label) of each file, as the writer needs them."""
 
     def __init__(self, files: list[str]) -> None:
         self.files = files

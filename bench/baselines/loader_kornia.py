@@ -1,4 +1,4 @@
-"""kornia's batched transforms: each step over all patches at once, drawn patch by patch."""
+"""kornia's batched transforms: each step on all patches at once, drawn patch by patch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from baselines.loader import Job
 
 
 def pipeline(augment: Any) -> k.AugmentationSequential:
-    """The augmentation in kornia's words, on float images in 0..1."""
+    """The augmentation as kornia transforms, for float images in 0..1."""
     a = augment
     size = (a.size, a.size)
     steps = [
@@ -46,7 +46,7 @@ def batched(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
     def batches() -> Iterator[torch.Tensor]:
-        # Images of one size go through together, others one by one with their P patches.
+        # Consecutive images of one size are processed together.
         start = 0
         while start < len(files):
             group = [decode(files[start])]

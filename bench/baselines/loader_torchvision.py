@@ -1,4 +1,4 @@
-"""torchvision's two pipelines in a DataLoader, as EMP-SSL's and most training scripts run them."""
+"""torchvision's two pipelines in a DataLoader, as in EMP-SSL's and most training scripts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from baselines.loader import Job
 
 
 class PILBlur:
-    """Gaussian blur by Pillow, as EMP-SSL's and VICReg's code have it."""
+    """Gaussian blur by Pillow, as in EMP-SSL's and VICReg's code."""
 
     def __init__(self, sigma: tuple[float, float]) -> None:
         self.sigma = sigma
@@ -26,7 +26,7 @@ class PILBlur:
 
 
 def transform(augment, tensor: bool) -> Callable:  # type: ignore[no-untyped-def]
-    """The augmentation in torchvision's words: v1 on PIL images, or v2 on uint8 tensors."""
+    """The augmentation as torchvision transforms: v1 for PIL images, or v2 for uint8 tensors."""
     a, t = augment, v2 if tensor else v1
     steps: list[Callable] = [
         t.RandomResizedCrop(a.size, scale=a.scale, ratio=a.ratio, antialias=True),

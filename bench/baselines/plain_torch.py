@@ -1,9 +1,9 @@
-"""The best plain PyTorch that a good engineer would write today, eager or compiled.
+"""The best plain PyTorch we could write, eager or compiled.
 
-torchvision's v2 transforms patch by patch in the workers (one draw per patch is expected, and v2
-has one draw per call), uint8 from there on, normalized in one go; channels-last; losses over all
+torchvision's transforms patch by patch in the workers (each patch needs its own draw, and a
+transform draws once per call), then uint8, normalized all at once; channels-last; losses over all
 slots at once, by batched products on the shorter side and a batched Cholesky; LARS over all
-tensors at once (lent by us: torch has none).
+tensors at once (ours: torch has none).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PlainTorch(System):
         super().__init__(setup)
         a = self.case.augment
         raw = dataclasses.replace(a, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        # PIL images are faster than tensors of this size in v2's and v1's kernels alike.
+        # For images of this size, PIL is faster than tensors in both v1 and v2.
         steps = transform(raw, False).transforms[:-2]
         to_uint8 = v2.Compose([*steps, v2.PILToTensor()])
         dataset = Bags(setup.images, self.case.patches, to_uint8, False)

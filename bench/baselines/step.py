@@ -1,6 +1,6 @@
 """What the training baselines share: the step itself, the plain model, the data, the optimizers.
 
-A system is one way to take the training steps of a case. It fills in four pieces: `batches` (its
+A system is one way to run the training steps of a case. It defines four pieces: `batches` (its
 data path), `encode`, `loss` and `optimizer`; the step that calls them is the same for all.
 """
 
@@ -22,7 +22,7 @@ from harness.clock import Laps
 
 @dataclass
 class Setup:
-    """What all systems of a case are given.
+    """The input of all systems of a case.
 
     Args:
         case: The work.
@@ -30,10 +30,10 @@ class Setup:
         weights: The initial weights, in the order in which a model's layers use them.
         steps: Steps of one turn; a turn is one pass over `steps` batches.
         device: "cpu" or "cuda".
-        threads: CPU threads: of torch, and of the data path besides.
-        synthetic: No data path: one random batch, over and over.
-        seed: Of the order of the images and of the augmentation, where a system draws them itself;
-            the others take torch's generator as it is.
+        threads: CPU threads of torch, and as many of the data path.
+        synthetic: No data path: one random batch is repeated.
+        seed: Of the order of the images and of the augmentation, if a system draws them itself;
+            others use torch's global generator.
     """
 
     case: Case
@@ -56,7 +56,7 @@ class Setup:
 
 
 class System:
-    """A way to take training steps; subclasses say how."""
+    """A way to run training steps; subclasses define it."""
 
     name: ClassVar[str]
     losses: ClassVar[tuple[str, ...]] = ("emp_ssl", "vicreg")
@@ -72,7 +72,7 @@ class System:
     def supports(cls, case: Case) -> bool:
         return case.loss in cls.losses
 
-    # What a system consists of ------------------------------------------------------------------
+    # What a system defines ------------------------------------------------------------------------
 
     def build(self) -> nn.Module:
         """The model, with the case's weights."""
@@ -99,9 +99,9 @@ class System:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Ends workers."""
+        """Stops workers."""
 
-    # What is done with it -------------------------------------------------------------------------
+    # What a bench does with it --------------------------------------------------------------------
 
     def turn(self, laps: Laps) -> None:
         """`steps` training steps, each phase of them a lap."""
@@ -145,7 +145,7 @@ class System:
 class PlainModel(nn.Module):
     """The case's encoder and projector in plain torch: [N, 3, h, w] -> z [N, D].
 
-    Linear layers before a batch norm have no bias: the norm would take it off again.
+    Linear layers before a batch norm have no bias: the norm would subtract it again.
     """
 
     def __init__(self, case: Case, weights: Sequence[Tensor]) -> None:
@@ -163,7 +163,7 @@ class PlainModel(nn.Module):
             sides = [dim] + [hidden] * (head["num_layers"] - 1)
             blocks = [m for i in range(len(sides) - 1) for m in block(sides[i], sides[i + 1])]
             self.head = nn.Sequential(*blocks, nn.Linear(hidden, out, bias=False))
-        # EMP-SSL's projections have norm 1, VICReg's are as they come.
+        # EMP-SSL normalizes its projections, VICReg does not.
         self.normalize = case.loss == "emp_ssl"
         with torch.no_grad():
             for mine, given in zip(self.parameters(), weights, strict=True):
@@ -179,7 +179,7 @@ def block(in_dim: int, out_dim: int) -> list[nn.Module]:
 
 
 def plain_patchnet(patch: int, width: int, stem: int) -> tuple[nn.Module, int]:
-    """PatchNet as its docstring says: valid convolutions, pointwise blocks, a mean."""
+    """PatchNet, see its docstring: valid convolutions, pointwise blocks, a mean."""
 
     def conv(cin: int, cout: int, kernel: int, stride: int = 1) -> list[nn.Module]:
         layer = nn.Conv2d(cin, cout, kernel, stride, bias=False)
@@ -195,7 +195,7 @@ def plain_patchnet(patch: int, width: int, stem: int) -> tuple[nn.Module, int]:
 
 
 def plain_resnet18() -> tuple[nn.Module, int]:
-    """torchvision's with the stem for CIFAR."""
+    """torchvision's, with the stem for CIFAR."""
     from torchvision.models import resnet18
 
     net = resnet18()
@@ -240,7 +240,7 @@ class Bags(Dataset):
 
 
 class ShuffledTurn:
-    """The images of a turn in a new order each time: what `shuffle=True` does."""
+    """The images of a turn in a new order each time, as with `shuffle=True`."""
 
     def __init__(self, indices: list[int]) -> None:
         self.indices = indices
@@ -253,7 +253,7 @@ class ShuffledTurn:
 
 
 def worker_loader(setup: Setup, dataset: Dataset, collate: Callable | None = None) -> DataLoader:
-    """Workers on every thread of the data path, kept alive between turns."""
+    """As many workers as threads of the data path, kept alive between turns."""
     return DataLoader(
         dataset,
         batch_size=setup.case.batch,
@@ -266,7 +266,7 @@ def worker_loader(setup: Setup, dataset: Dataset, collate: Callable | None = Non
 
 
 def cpu_seconds_of_workers() -> float:
-    """User and system seconds of the living child processes (0 where /proc is not)."""
+    """User and system seconds of the running child processes (0 without /proc)."""
     import multiprocessing
 
     ticks = 0
@@ -280,14 +280,14 @@ def cpu_seconds_of_workers() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
 
 
-# --- optimizers, as the authors' scripts step them ------------------------------------------------
+# --- optimizers, as in the authors' scripts -------------------------------------------------------
 
 
 class TensorwiseLARS:
     """SGD with LARS tensor by tensor, in both published forms (see `bagssl_fast.optim.LARS`).
 
     Args:
-        model: Whose parameters; vectors get neither decay nor adaptation.
+        model: Its parameters are optimized; vectors get neither decay nor adaptation.
         optim: The setting; "sgd_lars" is EMP-SSL's wrapper around torch's SGD, "lars" VICReg's.
     """
 
@@ -326,7 +326,7 @@ class TensorwiseLARS:
             p.add_(self.momentum[p], alpha=-o.lr)
 
     def _wrap(self) -> None:
-        """EMP-SSL's wrapper: the gradients are scaled before SGD sees them."""
+        """EMP-SSL's wrapper: scales the gradients before SGD's step."""
         o = self.optim
         for p in self.parameters:
             if p.ndim > 1:

@@ -1,4 +1,4 @@
-"""The cases of `throughput.py`: what is trained on what; and the images for it."""
+"""The cases of `throughput.py`: model, data and loss of a training step; and their images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Case:
 
     Args:
         name: For the command line and the rows.
-        title: For people.
+        title: For the tables.
         corpus: "cifar" (uint8 arrays in memory) or "imagenet" (JPEG files).
         encoder: "patchnet" or "resnet18".
         patch: Side of the patch that the encoder sees.
@@ -62,13 +62,13 @@ class Case:
 
     @property
     def augment(self) -> Augment:
-        """EMP-SSL's augmentation of a patch; its blur is Pillow's, here three sigma wide."""
+        """EMP-SSL's augmentation of a patch; its blur is Pillow's, cut off at three sigma."""
         low, high = (self.area * share for share in self.view_scale)
         return Augment(size=self.patch, scale=(low, high), blur_kernel=13)
 
     @property
     def view_augment(self) -> Augment:
-        """The same augmentation of a whole image, whose patches all share its draw."""
+        """The same augmentation of a whole view, whose patches all share one draw."""
         assert self.view is not None
         return replace(self.augment, size=self.view, scale=self.view_scale)
 
@@ -148,10 +148,10 @@ class Images:
 
 
 def prepare_images(corpus: str, data: Path, count: int, work: Path) -> Images:
-    """Takes `count` evenly spread images (all, if there are fewer) out of the tar of a corpus.
+    """Takes `count` evenly spread images (all, if there are fewer) from the tar of a corpus.
 
-    CIFAR-10 is published as arrays: everybody gets it as one. ImageNet is JPEG files: ours reads
-    them from an uncompressed tar, others from a folder; both lie in the page cache.
+    CIFAR-10 is published as arrays: every system gets it as one. ImageNet is JPEG files: ours reads
+    them from an uncompressed tar, others from a folder; both are in the page cache.
     """
     from PIL import Image
 

@@ -1,8 +1,8 @@
-"""Where the time of a step goes: laps between marks, on the host's clock or the GPU's.
+"""The time of each phase of a step: laps between marks, on the host's clock or the GPU's.
 
-Each lap ends where the next one begins, hence the laps of a step add up to the step. On a GPU a
+Each lap ends where the next one begins, so that the laps of a step add up to the step. On a GPU a
 mark is an event in the stream: nothing waits for it until the laps are read, and the time in which
-the GPU stood still for want of data is part of the lap in which that happened.
+the GPU waits for data is part of the lap in which that happens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """The host's clock: what ran on the CPU has ended when it returns."""
+    """The host's clock: work on the CPU has ended when the call returns."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -42,7 +42,7 @@ class CudaClock:
     """Events in the current stream.
 
     Args:
-        cuda: `torch.cuda`, or something in its place.
+        cuda: `torch.cuda`, or a replacement in tests.
     """
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
@@ -61,7 +61,7 @@ class CudaClock:
 
 
 def clock(device: str) -> Clock:
-    """The clock that is right for a device."""
+    """The clock for a device."""
     return CudaClock() if torch.device(device).type == "cuda" else HostClock()
 
 

@@ -1,6 +1,6 @@
 """What every bench shares: the row schema, interleaved rounds, timing, tables.
 
-A bench names its cases and providers, and leaves the rest to this file:
+A bench names its cases and providers; this file does the rest:
 
     options = arguments(__doc__).parse_args()
     report = Report("bench_vicreg", threads=options.threads)
@@ -11,8 +11,7 @@ A bench names its cases and providers, and leaves the rest to this file:
     report.save(options.json, options.csv)
 
 Rows of all benches have one schema (`Row`). A ratio is the median over rounds of ours against
-theirs *in the same round*, so that a machine that slows down for a while slows both. Beside this
-file: `machine.py` has the machine line, `memory.py` the peak memory of a call.
+theirs *in the same round*, so that a machine that slows down for a while slows both.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def folder(name: str) -> Path:
 def timed(call: Callable[[], Any], calls: int = 1, device: str = "cpu") -> Timing:
     """Seconds per call over `calls` calls; on a GPU `wall` is taken between two CUDA events.
 
-    A call that returns a `Timing` (it timed itself, say in a worker process) is believed.
+    A call may return its own `Timing`, e.g. from a worker process, which is used instead.
     """
     if device == "cuda":
         import torch
@@ -131,8 +130,7 @@ def interleave(
 ) -> dict[str, list[Timing]]:
     """Times all providers in turn, `rounds` times over, each round starting with another one.
 
-    Calls that the last warm-up showed to be quick are repeated, so that a measurement takes about
-    `min_seconds`.
+    Short calls, by the last warm-up, are repeated so that a measurement takes about `min_seconds`.
     """
     calls = {}
     for name, call in providers.items():
@@ -173,7 +171,7 @@ class Report:
         self._samples: dict[tuple[str, str, str], tuple[Sequence[float], str]] = {}
         print(f"{paint(self.bench, 'bold')}  {self.machine}")
         if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5:
-            note = f"the load average is {load:.1f}: wall times are noisy, CPU times less so"
+            note = f"the load average is {load:.1f}: wall-clock times are noisy, CPU times less so"
             print(paint(note, "yellow"))
 
     def add(
@@ -195,10 +193,10 @@ class Report:
         larger_is_better: bool = False,
         title: str = "",
     ) -> None:
-        """Prints one metric of a case, our ratio to every provider, floors reached or missed.
+        """Prints one metric of a case, our ratio to every provider, and floors reached or missed.
 
-        The ratio is above 1 where ours is better, and is added to the rows (`METRIC, ratio to
-        NAME`, and `METRIC, floor to NAME` where there is one).
+        The ratio is above 1 if ours is better, and is added to the rows (`METRIC, ratio to
+        NAME`, and `METRIC, floor to NAME` if there is one).
         """
         floors = floors or {}
         found = {
@@ -231,20 +229,20 @@ class Report:
             print(paint(line, color))
 
     def parity(self, case: str, provider: str, error: float, tolerance: float) -> None:
-        """Adds the distance of a provider's result to the truth; red parity ends the bench."""
+        """Adds the distance of a provider's result from the truth; one too large ends the bench."""
         self.add(case, provider, "parity", [error], f"error, at most {tolerance:g}")
         if not error <= tolerance:
             raise SystemExit(f"{case}: {provider} is off by {error:g}, more than {tolerance:g}")
 
     def save(self, json_path: Path | None = None, csv_path: Path | None = None) -> None:
-        """Repeats the missed floors and writes the rows where paths are given."""
+        """Repeats the missed floors and writes the rows to the given paths."""
         if self.missed:
             print(paint("\nfloors missed:\n  " + "\n  ".join(self.missed), "red"))
         for path in (json_path, csv_path):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
         if json_path:
-            # JSON has no infinity: what was not reached is null there.
+            # JSON has no infinity: a target that was not reached is null.
             rows = [
                 {k: None if v == math.inf else v for k, v in asdict(row).items()}
                 for row in self.rows
@@ -258,12 +256,12 @@ class Report:
 
 
 def number(value: float) -> str:
-    """A figure for people: thousands separated, four digits below."""
+    """A readable number: thousands separated, four digits below."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def paint(text: str, style: str) -> str:
-    """Colors a line on a terminal (and nowhere else, nor under NO_COLOR)."""
+    """Colors a line on a terminal, unless NO_COLOR is set."""
     codes = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
     if style not in codes or not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return text

@@ -29,8 +29,8 @@ def bag_encoders(
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     """Functions that embed the bags of images [B, H, W, 3], and how far each is from float64.
 
-    The images are in memory and normalized: what is timed is the encoding, and for the
-    patch-by-patch encoder the cutting.
+    The images are in memory and normalized: timed are the encoding and, for the
+    patch-by-patch encoder, the cutting.
     """
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).to(device)
     images = images.contiguous(memory_format=torch.channels_last)

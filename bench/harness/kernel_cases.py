@@ -1,8 +1,7 @@
 """The kernels at the shapes of the recipes, launched on meta tensors (to compile) or on data.
 
-A case calls the launchers of `kernels/`; a pass names the kernels that belong to it and the fewest
-bytes that must cross the memory bus: every input once, every result once, and what forward keeps
-for backward once.
+A case calls the launchers of `kernels/`; a pass names its kernels and the minimum of bytes that
+must cross the memory bus: every input, every result and every tensor saved for backward once.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ Make = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Pass:
-    """Launches that do one job: their kernels, the fewest bytes, arithmetic, and a floor if any."""
+    """Launches that do one job: kernels, minimum of bytes, arithmetic, and the limit if any."""
 
     name: str
     kernels: tuple[str, ...]
     fewest: float
     flops: float = 0.0
-    floor: float | None = None  # at most so many times the fewest bytes
+    floor: float | None = None  # at most this many times the minimum of bytes
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Case:
     label: str
     launch: Callable[[Make, torch.dtype], None]
     passes: Callable[[torch.dtype], list[Pass]]
-    count_label: str = ""  # how the counted run is smaller, if it is
+    count_label: str = ""  # how the counted run is smaller, if so
     count: Callable[[Make, torch.dtype], None] | None = None
     count_passes: Callable[[torch.dtype], list[Pass]] | None = None
     quick: bool = field(default=False)
@@ -85,7 +84,7 @@ def vicreg_case(num_slots: int, batch: int, dim: int, quick: bool = False) -> Ca
         columns, means = 8 * num_slots * dim, 4 * batch * dim
         product = float(num_slots) * size * batch * dim
         stored = 4 * gram if batch <= dim else 0
-        again = 0 if batch <= dim else 1  # backward makes the D x D Gram again
+        again = 0 if batch <= dim else 1  # backward recomputes the D x D Gram
         return [
             Pass(
                 "statistics",

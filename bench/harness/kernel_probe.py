@@ -1,9 +1,10 @@
-"""Compiling kernels for GPUs that are not here, and counting their loads and stores in Python.
+"""Compiles kernels for GPUs that are not present, and counts their loads and stores in Python.
 
 `compile_case` launches a case on meta tensors while the driver pretends to be the target's: every
-launch is compiled exactly as it would be there, and its binary is taken apart. `count_case` runs a
+launch is compiled exactly as it would be there, and its binary is disassembled. `count_case` runs a
 case in Triton's interpreter (a process with TRITON_INTERPRET=1) and adds up the bytes of all
-unmasked loads and stores; of large grids a sample of programs runs, spread evenly, scaled up.
+unmasked loads and stores; of large grids an evenly spread sample of programs runs,
+and the count is scaled up.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _read_cubin(kernel: Any) -> tuple[int, int, int, dict[str, int]]:
 
 
 def _read_gcn(kernel: Any) -> tuple[int, int, int, dict[str, int]]:
-    """Vector registers, those spilt to memory, scalar ones spilt, matrix instructions by name.
+    """Vector registers, those spilled to memory, scalar ones spilled, matrix instructions by name.
 
     Scalar registers spill into lanes of vector registers, not into memory.
     """
@@ -166,7 +167,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def data(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Memory to run on; what it holds changes no address."""
+    """Tensors to run on; their values do not affect the addresses."""
     return torch.zeros(shape, dtype=dtype)
 
 
@@ -175,7 +176,7 @@ class Count(NamedTuple):
 
     Args:
         memory: Of tensors.
-        scratch: Of its `scratch_ptr`, which stays in the cache.
+        scratch: Of its `scratch_ptr`, which remains in the cache.
         exact: Whether all programs ran.
     """
 

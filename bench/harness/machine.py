@@ -1,4 +1,4 @@
-"""The machine line of every bench row: what ran, on what."""
+"""The machine line of every bench row: hardware and versions."""
 
 from __future__ import annotations
 

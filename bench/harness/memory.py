@@ -12,11 +12,11 @@ from typing import Any
 
 
 def peak_memory(build: Callable[..., Callable[[], Any]], *args: Any) -> float:
-    """MiB that a call needs at its peak above what was there before it, in a fresh process.
+    """Peak memory of a call in a fresh process, in MiB above the memory before it.
 
     Args:
         build: A top-level function of the bench; `build(*args)` sets up and returns the call.
-        *args: Whatever can be pickled.
+        *args: Must be picklable.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -36,9 +36,9 @@ def _peak_memory_child(sender: Any, build: Callable[..., Callable[[], Any]], arg
 
 
 def peak_here(call: Callable[[], Any]) -> float:
-    """MiB that a call needs at its peak above what is there before it, in this process.
+    """Peak memory of a call in this process, in MiB above the memory before it.
 
-    What earlier calls left in the allocator would hide some of it: on glibc it is given back first.
+    Memory that earlier calls left in the allocator would hide part of it: glibc frees it first.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -57,7 +57,7 @@ def peak_here(call: Callable[[], Any]) -> float:
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
     if reset.exists():
-        reset.write_text("5")  # the peak (VmHWM) starts again from what is resident now
+        reset.write_text("5")  # resets the peak (VmHWM) to the current resident size
     before = resident("VmRSS:")
     call()
     return resident("VmHWM:") - before

@@ -1,10 +1,10 @@
 """What the op benches share: named cases, providers, parity, time, memory, share of the machine.
 
-A bench file gives its cases and one function, `build(provider, case_id) -> call`, whose call does
+A bench file defines its cases and one function, `build(provider, case_id) -> call`, whose call does
 one forward and backward (or what the case says) and returns the value and the gradients. For each
-case this file checks parity first (red parity ends the bench), then times all providers in
-interleaved rounds, measures each one's peak memory in a process of its own, and prints how much of
-the machine's measured GEMM or memory speed ours reaches. Losing cases are printed too.
+case this file checks parity first (a mismatch ends the bench), then times all providers in
+interleaved rounds, measures each one's peak memory in a process of its own, and prints which share
+of the machine's measured GEMM or memory speed ours reaches. Cases that ours loses are printed too.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class OpCase:
 
     Args:
         id: its name, e.g. "B256 D2048 P2".
-        providers: who runs it; the first is the peer that parity is checked against.
-        floors: the ratios that ours should reach, by provider.
+        providers: what it is compared with; parity is checked against the first.
+        floors: the speedup that ours should reach, by provider.
         memory_floors: the same for peak memory.
-        flops: what ours needs, for its share of the GEMM peak; 0 = none.
-        bytes: what any implementation must move, for the share of memory bandwidth; 0 = none.
-        rounds: at most so many rounds, for cases whose peers take minutes.
+        flops: of ours, for its share of the GEMM peak; 0 = not shown.
+        bytes: that any implementation must move, for the share of bandwidth; 0 = not shown.
+        rounds: maximum of rounds, for cases whose peers take minutes.
         quick: whether `--quick` and pytest-benchmark run it.
         tolerance: largest relative L2 distance of a result to the peer's.
-        parity: builds what parity is checked on, where that is not what is timed.
+        parity: builds the calls for the parity check, if other than those that are timed.
         memory: whether peak memory is compared.
     """
 
@@ -105,7 +105,7 @@ def main(
                 if name != COMPILED:
                     peak = peak_memory(build_in_child, build, name, case.id, options.threads)
                     report.add(case.id, name, "memory", [max(peak - results, 0.01)], "MiB")
-            title = f"{case.id}: peak memory beside inputs and results ({results:.0f} MiB)"
+            title = f"{case.id}: peak memory besides inputs and results ({results:.0f} MiB)"
             report.table(case.id, "memory", floors=case.memory_floors, title=title)
     report.save(options.json, options.csv)
 
@@ -113,7 +113,7 @@ def main(
 def build_in_child(build: Build, provider: str, case_id: str, threads: int) -> Callable[[], Any]:
     torch.set_num_threads(threads)
     call = build(provider, case_id)
-    call()  # what libraries set up once is no need of the call
+    call()  # one-time setup of libraries does not count
     return call
 
 
@@ -155,7 +155,7 @@ def print_shares(report: Report, case: OpCase, seconds: float, speeds: tuple[flo
 
 
 def _best(call: Callable[[], Any], rounds: int = 5) -> float:
-    """The shortest of a few rounds: a speed of the machine, not of its neighbors."""
+    """The shortest of a few rounds: the machine's speed, without its other load."""
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()

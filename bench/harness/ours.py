@@ -43,7 +43,7 @@ def initial_weights(case: Case) -> list[Tensor]:
 
 
 class Ours(System):
-    """Every patch with an augmentation of its own."""
+    """Every patch has its own augmentation."""
 
     name = "bagssl_fast"
     dense: ClassVar[bool] = False
@@ -99,7 +99,7 @@ class Ours(System):
 
 
 class OursDense(Ours):
-    """One view per image, every patch of which is encoded in one pass."""
+    """Views of each image, whose patches are all encoded in one pass."""
 
     name = "bagssl_fast_dense"
     dense = True
@@ -127,7 +127,7 @@ class OursDenseCompiled(OursDense):
 
 
 class OursOnDevice(Ours):
-    """Decoded images travel to the device, which cuts and augments the patches there."""
+    """Decoded images are sent to the device; patches are cut and augmented there."""
 
     name = "bagssl_fast_device"
     views = "device"

@@ -1,11 +1,11 @@
 """Does a system do the same work? Loss and gradient against the float64 reference.
 
 The truth is our model and loss in float64 with the reference implementation of every op. A system
-is given the same patches and weights; what is compared is the loss and, through it, the gradient
-of all weights (the whole vector, by its norm), so that neither a wrong formula nor a wrong encoder
-passes. A dense system is compared twice: with patch-by-patch encoding of the same patches under
-fixed batch-norm statistics, where the two must agree, and in training mode with its own float64
-form, since there batch statistics weigh overlapping positions differently.
+gets the same patches and weights; the loss and the gradient of all weights (the whole vector, by
+its norm) are compared, so that neither a wrong formula nor a wrong encoder passes. A dense system
+is compared twice: with patch-by-patch encoding of the same patches under fixed batch-norm
+statistics, where the two must agree, and in training mode with dense encoding in float64, since
+there batch statistics weight overlapping positions differently.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from harness.ours import OursDense, our_model
 
 IMAGES = 8  # of a parity check
 # Relative: of the loss, of the gradient. Channels-last (torch 2.14, CPU), gradients through
-# batch norm are off by up to 5e-3 here, plain torch's as ours; contiguous by 1e-6.
+# batch norm have errors up to 5e-3, plain torch's as ours; contiguous ones 1e-6.
 # bfloat16 has 8 bits.
 TOLERANCE = {"cpu": (1e-4, 1e-2), "cuda": (2e-2, 0.2)}
 
@@ -38,7 +38,7 @@ class Parity(NamedTuple):
     green: bool
 
     def __str__(self) -> str:
-        return f"loss off by {self.loss:.1e}, gradient by {self.gradient:.1e} (relative)"
+        return f"relative errors: loss {self.loss:.1e}, gradient {self.gradient:.1e}"
 
 
 def check(system: System) -> Parity:
@@ -74,7 +74,7 @@ def truth(case: Case, system: System, inputs: Tensor, train: bool) -> Result:
 
 
 def compare(system: System, inputs: Tensor, needed: Result, train: bool) -> tuple[float, float]:
-    """Relative errors of a system's loss and gradient; the model is left as it was."""
+    """Relative errors of a system's loss and gradient; the model is not changed."""
     model = system.model
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.train(train)

@@ -1,4 +1,4 @@
-"""The pictures of `throughput.py` (needs matplotlib)."""
+"""The plots of the benches (needs matplotlib)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""`throughput.py --scale`: how cost and memory of a step grow, and where the curves cross.
+"""`throughput.py --scale`: how time and memory of a step grow, and where the curves cross.
 
   P       dense grids of one 32x32 image, 4 to 289 patches of 16x16; the others take as many crops
   B       images per step, 25 patches each
   image   side of the image, 25 patches of 16x16 on a grid: a dense pass reads all of the image
   D       width of the projection, VICReg's loss alone (forward and backward) on [2, 128, D]
 
-No data path (`--synthetic`). A system's curve ends where a step would take too long.
+No data path (`--synthetic`). A system's curve ends when a step takes too long.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def measure(
 ) -> dict[tuple[str, str], Any]:
     """Time and memory of all systems along an axis."""
     o, add = bench.options, bench.report.add
-    limit = 4.0 if o.quick else 8.0  # seconds of one call, from which on a curve ends
+    limit = 4.0 if o.quick else 8.0  # seconds of one call at which a curve ends
     times: dict[str, list[tuple[float, float]]] = {}
     memory: dict[str, list[tuple[float, float]]] = {}
     print(f"\n{paint(f'cost against {axis}', 'bold')}: ms (MiB)")
@@ -121,7 +121,7 @@ def measure(
 
 
 def crossings(axis: str, curves: dict[str, list[tuple[float, float]]]) -> list[str]:
-    """Sentences on where ours meets each other curve, interpolated in logarithms."""
+    """Sentences on where ours crosses each other curve, interpolated in logarithms."""
     lines = []
     mine = OursDense.name if OursDense.name in curves else Ours.name
     ours = dict(curves[mine])
@@ -141,5 +141,5 @@ def crossings(axis: str, curves: dict[str, list[tuple[float, float]]]) -> list[s
             low, high = min(r for _, r in both), max(r for _, r in both)
             faster = "faster" if low >= 0 else "slower" if high <= 0 else "even"
             ends = f"{math.exp(both[0][1]):.2f}x at {both[0][0]}, {math.exp(both[-1][1]):.2f}x"
-            lines.append(f"{mine} is {faster} than {name} all along: {ends} at {both[-1][0]}")
+            lines.append(f"{mine} is {faster} than {name} everywhere: {ends} at {both[-1][0]}")
     return lines

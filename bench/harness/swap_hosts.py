@@ -1,8 +1,8 @@
 """What bench_swap.py trains: each host's own loss, projector and optimizer on a small backbone.
 
-A host is found where its package is installed (lightly) or where `BAGSSL_HOSTS` names a folder with
+A host is available if its package is installed (lightly) or if `BAGSSL_HOSTS` names a folder with
 a checkout of it. The backbone is one linear layer over the patch's pixels: with a ResNet on a CPU,
-every step would be the backbone.
+the backbone would take all the time of a step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PIXELS, FEATURES = 16, 512
 
 
 class Missing(Exception):
-    """A host that is not here; says what would bring it."""
+    """A host that is not installed; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def imported(name: str) -> ModuleType:
 
 
 def definitions(path: Path, name: str) -> ModuleType:
-    """A script's imports, functions and classes, without what it does when it is imported."""
+    """A script's imports, functions and classes, without its top-level statements."""
     kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if isinstance(node, kept)]
@@ -143,7 +143,7 @@ def apply_lightly(_: ModuleType) -> contextlib.AbstractContextManager:
 
 def load_vicreg() -> ModuleType:
     checkout("vicreg")
-    if not torch.distributed.is_initialized():  # the authors' code gathers always
+    if not torch.distributed.is_initialized():  # the authors' code always gathers
         store = Path(tempfile.mkdtemp(), "store")
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=0, world_size=1
