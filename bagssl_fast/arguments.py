@@ -100,7 +100,7 @@ class Parser:
         defaults: bool = True,
         skip: Sequence[str] = (),
     ) -> None:
-        self.defaults = defaults
+        self.defaults, self.has_config = defaults, bool(config)
         self.types = dict(option_types(record)) | ({"config": str} if config else {})
         for name in skip:
             del self.types[name]
@@ -140,7 +140,7 @@ class Parser:
             read = vars(self.parser.instantiate(values))
         except ArgumentError as error:
             raise ValueError(self.explain(str(error), arguments)) from None
-        return {name: value for name, value in read.items() if name != "config"}
+        return {name: v for name, v in read.items() if not (self.has_config and name == "config")}
 
     def normalize(self, argv: Iterable[str]) -> list[str]:
         """Every argument as `--name=value`, the name as the record has it.
@@ -160,7 +160,7 @@ class Parser:
                 argument = f"--{missing[0]}={argument}"
             name, equals, value = argument[2:].partition("=")
             name = name.replace("-", "_")
-            if name == "print_config" and "config" in self.types:
+            if name == "print_config" and self.has_config:
                 found.append(f"--{name}{equals}{value}")
                 continue
             if not equals:
@@ -275,8 +275,8 @@ def check_options(
     for name in names:
         if name not in parameters:
             near = difflib.get_close_matches(name, known, 1)
-            guess = f"; did you mean {near[0]}?" if near else ";"
-            raise ValueError(f"{owner} has no option {name}{guess} It has {', '.join(known)}")
+            guess = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"{owner} has no option {name}{guess}; it has {', '.join(known)}")
 
 
 def option_types(record: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -99,7 +99,7 @@ class TestRunDir:
 
     def test_refuses_what_is_not_empty(self, tmp_path):
         (tmp_path / "config.yaml").write_text("")
-        with pytest.raises(ValueError, match="--resume auto goes on with it, --overwrite true"):
+        with pytest.raises(ValueError, match="--resume auto resumes it, --overwrite true"):
             checkpoint.open_run_dir(tmp_path, "never", False)
         checkpoint.open_run_dir(tmp_path, "auto", False)
         assert (tmp_path / "config.yaml").exists()

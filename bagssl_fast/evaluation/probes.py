@@ -108,6 +108,7 @@ def linear_probe(
     mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
     std = torch.where(std > 1e-6 * std.max().clamp(min=1e-12), std, torch.inf)  # drops dead ones
     train, test = (train - mean) / std, (test - mean) / std
+    train_labels = train_labels.clone()  # may come from inference mode, which autograd refuses
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
 
     grid = RIDGE_GRID if method == "ridge" else LOGISTIC_GRID
