@@ -368,7 +368,7 @@ def test_vicreg_instance(main_vicreg, process_group):
     assert "forward" not in vars(model) and "forward" not in vars(model.projector)
 
 
-def test_vicreg_projector_with_synchronised_norms_runs_on_one_device():
+def test_vicreg_projector_with_synchronized_norms_runs_on_one_device():
     torch.manual_seed(0)
     ours = vicreg.Projector(hosts.VICREG_ARGS, 8).double()
     reference = copy.deepcopy(ours)

@@ -250,7 +250,7 @@ def test_two_ranks_are_one_device_with_the_global_batch(ranks, case):
         assert_matches(dz, expected["dz"].chunk(two_ranks.WORLD, dim=1)[rank], z.dtype, "dz")
 
 
-def test_two_ranks_normalise_as_one(ranks):
+def test_two_ranks_normalize_as_one(ranks):
     x = two_ranks.make_bag()
     expected = two_ranks.linear_bn_relu(x, None)
     results = [result["linear_bn_relu"] for result in ranks]
