@@ -19,7 +19,7 @@ def parse_size(text: str) -> int:
     try:
         return int(float(number[: len(number) - len(unit)]) * _UNITS[unit])
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 500M or 2G") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 500M or 2G") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

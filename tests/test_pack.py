@@ -175,7 +175,7 @@ def test_sizes():
         2 * 10**9,
         1500,
     ]
-    with pytest.raises(Exception, match="no size"):
+    with pytest.raises(Exception, match="not a size"):
         parse_size("big")
 
 

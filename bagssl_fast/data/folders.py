@@ -19,7 +19,7 @@ from bagssl_fast.locate import KINDS
 
 
 def open_folder(root: Path, on_error: str) -> Source:
-    """A folder tree of image files in the order of their names; class = the file's folder."""
+    """A folder tree of image files, sorted by name; class = the name of the file's folder."""
     # Bytes, because names need not be valid in any encoding.
     base = os.fsencode(root)
     names: list[bytes] = []
@@ -37,7 +37,7 @@ def open_folder(root: Path, on_error: str) -> Source:
                 names.append(os.path.relpath(os.path.join(folder, name), base))
                 parents.append(parent)
     if not names:
-        raise ValueError(f"{root}: no image files in it; give {KINDS}")
+        raise ValueError(f"{root}: the folder has no image files; give {KINDS}")
 
     labels, classes = label_by_text(parents)
     table = NameTable.of(names, prefix=f"{root}{os.sep}")
@@ -55,7 +55,7 @@ def open_files(paths: Sequence[str | os.PathLike[str]]) -> Source:
     """Image files in the order given, without labels.
 
     Raises:
-        FileNotFoundError: Naming the first that is not there.
+        FileNotFoundError: For the first that does not exist.
     """
     names = [os.fsencode(path) for path in paths]
     for name in names:

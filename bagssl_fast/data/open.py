@@ -1,4 +1,4 @@
-"""One way in for data: `open_source` tells what a path or an array is, and opens it."""
+"""The entry point for data: `open_source` finds out what a path or an array is, and opens it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from bagssl_fast.locate import KINDS, matches, split_suffix
 
 
 def open_source(data: Any, *, labels: Any = None, on_error: str = "raise") -> Source:
-    """Opens a data set as it lies on disk or in memory.
+    """Opens a data set as it is on disk or in memory, without conversion.
 
     Args:
         data: A path: "demo"; a folder (class = name of a file's folder; files directly in it have
-            none); a tar, or a list, glob or folder of tars (class = folder of a member, or its
+            no class); a tar, or a list, glob or folder of tars (class = folder of a member, or its
             `.cls` member as in WebDataset); `.npy` or `.npz` with uint8 `images` [N, H, W, 3 or 1]
             and optional `labels`; the folder of torchvision's CIFAR-10, CIFAR-100 or MNIST. For
             "demo", CIFAR and MNIST a suffix `:train` (default) or `:test` chooses the split. Or a
-            uint8 array or tensor [N, H, W, 3 or 1], which is not copied.
+            uint8 array or tensor [N, H, W, 3 or 1], which is not copied. Or a `Source`, for example
+            of `Source.from_function`, which is returned.
         labels: Class indices for an array in memory, [N].
-        on_error: "raise", or "skip": members beyond the damage of a broken tar and images without
+        on_error: "raise", or "skip": members after the damage in a broken tar and images without
             a label in a labeled set are left out, with a warning.
 
     Raises:
-        FileNotFoundError: If nothing is there.
-        ValueError: If it holds no images or is of no known kind.
+        FileNotFoundError: If the path does not exist.
+        ValueError: If it holds no images or is of an unknown kind.
     """
     check_choice("on_error", on_error, ON_ERROR)
     if isinstance(data, Source):
@@ -38,7 +39,7 @@ def open_source(data: Any, *, labels: Any = None, on_error: str = "raise") -> So
     if hasattr(data, "__array__") and not isinstance(data, (str, os.PathLike)):
         return arrays.from_memory(data, labels)
     if labels is not None:
-        raise ValueError("labels go with an array in memory; files bring their own")
+        raise ValueError("labels are for an array in memory; files have their own")
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
         return tars.open_tars([Path(path) for path in data], on_error)
     if not isinstance(data, (str, os.PathLike)):
@@ -66,7 +67,7 @@ def _open_path(path: str, split: str | None, on_error: str) -> Source:
     if where.suffix in (".npy", ".npz"):
         return arrays.open_numpy(where)
     if where.name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip")):
-        raise ValueError(f"{path}: compressed archives have no random access; unpack it first")
+        raise ValueError(f"{path}: a compressed archive has no random access; unpack it first")
     if where.suffix == ".tar":
         return tars.open_tars([where], on_error)
     raise ValueError(f"{path}: not a data set of a known kind; give {KINDS}")

@@ -1,7 +1,7 @@
 """Our data path in other people's scripts: a loader, a data set, and a transform.
 
-`MultiCropLoader` stands where a script has its DataLoader, `BagDataset` where it has its data set
-with a multi-crop transform, `PatchViews` where it augments uint8 batches on the device.
+`MultiCropLoader` replaces a script's DataLoader, `BagDataset` a data set with a multi-crop
+transform, `PatchViews` the augmentation of uint8 batches on the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MultiCropLoader(BagLoader):
     """A `BagLoader` whose batches look like a multi-crop DataLoader's.
 
     A batch's crops are a list of P tensors [B, 3, h, w], channels-last in memory. As in `BagLoader`
-    their memory is used again after two more batches were taken: clone what is kept longer.
+    their memory is reused after two more batches: clone what is kept longer.
 
     Args:
         source: A `Source`, or what `open_source` takes.
@@ -78,8 +78,8 @@ class MultiCropLoader(BagLoader):
 class BagDataset(Dataset[tuple[list[Tensor], int]]):
     """A map-style data set of (P crops [3, h, w], label) for a script that keeps its DataLoader.
 
-    The bags are those of a `BagLoader` over the same source: a function of (seed, epoch, place,
-    patch), the same in any worker. `MultiCropLoader` is the faster way.
+    The bags are those of a `BagLoader` over the same source: a function of (seed, epoch, index,
+    patch), the same in any worker. `MultiCropLoader` is faster.
 
     Args:
         source: A `Source`, or what `open_source` takes.
@@ -101,7 +101,7 @@ class BagDataset(Dataset[tuple[list[Tensor], int]]):
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the bags, also in workers that run already."""
+        """Chooses the epoch of the bags, also in workers that are already running."""
         self._epoch[0] = epoch
 
     def __len__(self) -> int:
@@ -117,7 +117,7 @@ class BagDataset(Dataset[tuple[list[Tensor], int]]):
 
 
 class PatchViews(nn.Module):
-    """Cuts and augments the P patches of uint8 batches where they lie: on a GPU by one kernel.
+    """Cuts and augments the P patches of uint8 batches on their device: on a GPU in one kernel.
 
     Args:
         augment: How patches are made; of a tuple, slot p uses entry p % len (these may differ in
@@ -158,7 +158,7 @@ class PatchViews(nn.Module):
         self.patches, self.seed, self.dtype, self.impl = patches, seed, dtype, impl
         for each in self.augments:
             _C.check_augment(each)
-        # Counts the images seen, so that every call draws anew, also after a state was loaded.
+        # Counts the images seen: every call draws new views, also after loading a state.
         self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
 
     def forward(
@@ -171,8 +171,8 @@ class PatchViews(nn.Module):
 
         Args:
             images: uint8 [B, 3, H, W] or [B, H, W, 3], or B tensors [H, W, 3] of any sizes.
-            index: Places in the data set, int64 [B]: with (seed, epoch) they decide what is drawn.
-                Without them every call draws anew.
+            index: Indices in the data set, int64 [B]: with (seed, epoch) they decide what is drawn.
+                Without them every call draws new views.
             epoch: Of the draws.
         """
         images = _channels_last(images)
