@@ -13,7 +13,7 @@ namespace py = pybind11;
 namespace bagssl {
 namespace {
 
-/// The loader, with the GIL released wherever its threads are waited for: they may need it.
+/// The loader. Waiting for its threads releases the GIL, which they may need.
 class PyLoader {
  public:
   PyLoader(std::shared_ptr<Source> source, LoaderOptions options,
@@ -39,7 +39,7 @@ class PyLoader {
 
   /// None at the end, else (slot, indices, bytes of pixels, error index or -1, reason).
   py::object next() {
-    constexpr int kTimeout = 100;  // ms between looks at pending signals (Ctrl-C)
+    constexpr int kTimeout = 100;  // ms between checks for pending signals (Ctrl-C)
     Batch batch;
     while (true) {
       Loader::Status status;

@@ -43,7 +43,7 @@ Item store_image(const py::object& image, std::vector<uint8_t>& buffer) {
   return item;
 }
 
-/// `read(index) -> bytes or uint8 array` as a source wants it. The GIL is held for that call alone.
+/// `read(index) -> bytes or uint8 array` as a source calls it. The GIL is held for that call alone.
 FunctionSource::Read python_read(py::object read) {
   std::shared_ptr<py::object> held = shared_object(std::move(read));
   return [held](int64_t index, std::vector<uint8_t>& buffer) {
@@ -51,7 +51,7 @@ FunctionSource::Read python_read(py::object read) {
     try {
       return store_image((*held)(index), buffer);
     } catch (py::error_already_set& error) {
-      // What is no Exception (KeyboardInterrupt, SystemExit) says nothing about the image.
+      // KeyboardInterrupt and SystemExit are not Exceptions, and not the image's fault.
       if (!error.matches(PyExc_Exception)) throw;
       throw std::runtime_error("read raised " + exception_text(error));
     }

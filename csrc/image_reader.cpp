@@ -19,10 +19,10 @@ ImageReader::~ImageReader() = default;
 ImageReader::ImageReader(ImageReader&&) noexcept = default;
 
 void ImageReader::check_size(ImageSize size) const {
-  if (size.height < 1 || size.width < 1) throw std::runtime_error("an image without pixels");
+  if (size.height < 1 || size.width < 1) throw std::runtime_error("the image has no pixels");
   if (size.height > max_pixels_ / size.width) {
     throw std::runtime_error("an image of " + std::to_string(size.width) + " x " +
-                             std::to_string(size.height) + " pixels is over the limit of " +
+                             std::to_string(size.height) + " pixels exceeds the limit of " +
                              std::to_string(max_pixels_) + " pixels (raise max_pixels)");
   }
 }
@@ -44,7 +44,8 @@ ImageSize ImageReader::open(const Item& item) {
     return size_;
   }
 #endif
-  if (!fallback_) throw std::runtime_error("not a JPEG, and there is no decoder for other formats");
+  if (!fallback_)
+    throw std::runtime_error("not a JPEG, and no decoder for other formats was given");
   decoded_ = fallback_(item.data, item.size, max_pixels_);
   size_ = {decoded_.height, decoded_.width};
   check_size(size_);
@@ -56,7 +57,7 @@ Region ImageReader::decode() { return decode({0, 0, size_.height, size_.width});
 Region ImageReader::decode(const Box& box, int denominator) {
   if (box.top < 0 || box.left < 0 || box.height < 1 || box.width < 1 ||
       box.height > size_.height - box.top || box.width > size_.width - box.left) {
-    throw std::invalid_argument("a box that does not lie within the image");
+    throw std::invalid_argument("the box is not within the image");
   }
 #ifdef BAGSSL_WITH_JPEG
   if (is_native_jpeg_) return jpeg_->decoder.decode(box, denominator);

@@ -10,20 +10,20 @@
 
 namespace bagssl {
 
-/// Pixels [height, width, 3] that somebody else decoded.
+/// Pixels [height, width, 3] from another decoder.
 struct DecodedImage {
   std::vector<uint8_t> pixels;
   int64_t height = 0, width = 0;
 };
 
-/// Decodes a whole file that this library does not decode itself. It must refuse images of more
-/// than `max_pixels` before it allocates them, turn them upright, and throw std::runtime_error with
-/// the reason where it fails. Called from many threads at once.
+/// Decodes a whole file of a format that this library does not decode itself. It must refuse images
+/// of more than `max_pixels` before allocating memory for them, rotate them upright, and throw
+/// std::runtime_error with the reason if it fails. Called from many threads at once.
 using FallbackDecoder =
     std::function<DecodedImage(const uint8_t* data, size_t size, int64_t max_pixels)>;
 
 /// Turns stored images into RGB pixels, one at a time: first its size, from which the views are
-/// drawn, then the part that they need. One per thread; its buffers are kept from image to image.
+/// drawn, then the part that they need. One per thread; its buffers are reused for every image.
 class ImageReader {
  public:
   /// Images of more than `max_pixels` are refused.
@@ -31,8 +31,8 @@ class ImageReader {
   ~ImageReader();
   ImageReader(ImageReader&&) noexcept;
 
-  /// Opens an item, whose bytes must stay in place until `decode` has returned. Returns the size of
-  /// the upright image. Throws std::runtime_error with the reason where it cannot be decoded.
+  /// Opens an item, whose bytes must remain valid until `decode` has returned. Returns the size of
+  /// the upright image. Throws std::runtime_error with the reason if it cannot be decoded.
   ImageSize open(const Item& item);
 
   /// The part of the opened image that `box` covers, or more of it. To be called once per `open`.

@@ -51,7 +51,7 @@ struct Loader::Worker {
 struct Loader::Slot {
   int64_t remaining = 0;
   int64_t pixel_bytes = 0;
-  std::vector<std::pair<int64_t, std::vector<uint8_t>>> outside;  // no room: offset, pixels
+  std::vector<std::pair<int64_t, std::vector<uint8_t>>> outside;  // did not fit: offset, pixels
   std::vector<int64_t> indices;
   std::vector<std::pair<int64_t, BadImage>> skipped;  // with their rows
   int64_t error_row = -1;
@@ -61,8 +61,8 @@ struct Loader::Slot {
 struct Loader::Run {
   std::mutex mutex;
   std::condition_variable room, ready;
-  int64_t next_batch = 0, next_row = 0;  // handed out up to here
-  int64_t released = 0;                  // batches whose slots may be used again
+  int64_t next_batch = 0, next_row = 0;  // the next row to make
+  int64_t released = 0;                  // batches whose slots may be reused
   int64_t num_batches = 0;
   bool stop = false;
   std::vector<Slot> slots;
@@ -82,18 +82,19 @@ Loader::Loader(std::shared_ptr<const Source> source, LoaderOptions options,
   if (options_.threads < 1) throw std::invalid_argument("threads must be at least 1");
   if (options_.batches_ahead < 1) throw std::invalid_argument("batches_ahead must be at least 1");
   if (static_cast<int>(slots_.size()) != options_.batches_ahead + kHeldBatches) {
-    throw std::invalid_argument("the ring needs batches_ahead + " + std::to_string(kHeldBatches) +
-                                " slots, " + std::to_string(slots_.size()) + " were given");
+    throw std::invalid_argument("expected batches_ahead + " + std::to_string(kHeldBatches) +
+                                " slots, got " + std::to_string(slots_.size()));
   }
   if (options_.augments.empty() || options_.augments.size() != options_.views.size()) {
-    throw std::invalid_argument("one view description per augmentation is needed");
+    throw std::invalid_argument("expected one view description per augmentation");
   }
   for (const AugmentSpec& spec : options_.augments) check_spec(spec);
   const ViewOptions& first = options_.views[0];
   for (const ViewOptions& view : options_.views) {
     check_options(view);
     if (view.out_h != first.out_h || view.out_w != first.out_w || view.dtype != first.dtype) {
-      throw std::invalid_argument("all augmentations of a loader make patches of one size");
+      throw std::invalid_argument(
+          "all augmentations of a loader must have one patch size and dtype");
     }
   }
   patch_bytes_ = int64_t{first.out_h} * first.out_w * 3 * dtype_size(first.dtype);
@@ -147,7 +148,7 @@ void Loader::run_threads() {
 void Loader::stop() {
   if (!run_) return;
   if (pid_ != getpid()) {
-    // A child of fork() has none of these threads, and its locks may be held by them for ever.
+    // A child of fork() has none of these threads, and they may hold its locks forever.
     static_cast<void>(run_.release());
     for (std::unique_ptr<Worker>& worker : workers_) static_cast<void>(worker.release());
     workers_.clear();
@@ -201,7 +202,7 @@ void Loader::move_pixels(int slot_index, PixelBuffer buffer) {
   if (!run_ || taken_ == 0 || slot_index != (taken_ - 1) % static_cast<int64_t>(slots_.size())) {
     throw std::invalid_argument("only the slot of the latest batch may get another buffer");
   }
-  Slot& slot = run_->slots[slot_index];  // it is the consumer's until the next batch is taken
+  Slot& slot = run_->slots[slot_index];  // the consumer owns it until the next batch is taken
   PixelBuffer& old = pixels_[slot_index];
   if (buffer.capacity < std::max(slot.pixel_bytes, old.capacity)) {
     throw std::invalid_argument("a buffer of " + std::to_string(buffer.capacity) +
@@ -247,7 +248,7 @@ bool Loader::take_row(Run& run, int64_t* batch, int64_t* row) {
     if (run.next_row >= rows) {
       ++run.next_batch;
       run.next_row = 0;
-      // The others wait for the end of the plan, or the consumer for a batch without rows.
+      // Threads may be waiting for the end of the plan, the consumer for a batch without rows.
       run.room.notify_all();
       run.ready.notify_one();
     }
@@ -276,7 +277,7 @@ void Loader::make_row(Run& run, Worker& worker, int64_t batch, int64_t row) {
       index = replacement(index);
       if (index == first || replaced == kMaxReplacements) {
         error = {first, "none of the " + std::to_string(replaced) +
-                            " images from here on can be decoded; the last one: " + bad.what()};
+                            " images from this one on can be decoded; the last one: " + bad.what()};
         break;
       }
     } catch (const std::exception& failure) {  // of the options, or of memory
@@ -286,7 +287,7 @@ void Loader::make_row(Run& run, Worker& worker, int64_t batch, int64_t row) {
   }
   std::lock_guard<std::mutex> lock(run.mutex);
   slot.indices[row] = index;
-  // Of several, the first row's error is told, whichever thread came first.
+  // Of several errors, the first row's is reported, whichever thread came first.
   if (error.index >= 0 && (slot.error_row < 0 || row < slot.error_row)) {
     slot.error_row = row;
     slot.error = std::move(error);

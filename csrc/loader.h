@@ -18,8 +18,8 @@ namespace bagssl {
 
 enum class Sampler { kRandom, kGrid, kCenter };
 
-/// Batches that stay as they are after they were taken: the latest and the one before it, so that a
-/// copy to a device may still be under way when the next batch is asked for.
+/// Batches that are not overwritten after they were taken: the latest and the one before it, so
+/// that a copy to a device may still be running when the next batch is requested.
 constexpr int kHeldBatches = 2;
 
 struct LoaderOptions {
@@ -33,16 +33,16 @@ struct LoaderOptions {
   bool skip_bad = false;     // replace images that cannot be decoded
   bool dct_scaling = false;  // decode at 1/2, 1/4, 1/8 where patches need no more
   int64_t max_pixels = 0;    // larger images are refused
-  bool cut = true;           // false: hand over images and tables of views; a device cuts them
+  bool cut = true;           // false: batches are images and tables of views; a device cuts them
 };
 
-/// Where a slot's decoded images lie, one behind the other, when patches are not cut here.
+/// A slot's decoded images, one after another, when patches are not cut here.
 struct PixelBuffer {
   uint8_t* data = nullptr;
   int64_t capacity = 0;  // bytes
 };
 
-/// What an epoch is made of, decided by the caller: the same for every number of threads.
+/// The contents of an epoch, decided by the caller: the same for any number of threads.
 struct EpochPlan {
   uint64_t epoch = 0;
   std::vector<int64_t> rows;        // data-set indices in the order they are served
@@ -57,8 +57,8 @@ struct BadImage {
 /// A batch in its slot. Cut here, that is patches [P, rows, h, w, 3]. Otherwise it is a table:
 /// float params [P, rows, 16], int64 offsets [rows], int32 heights [rows], int32 widths [rows], and
 /// image r is [heights[r], widths[r], 3] at offsets[r] of the slot's pixels. An image is the part
-/// of the file that its views touch, and boxes are relative to that part; images lie in the order
-/// in which they were decoded.
+/// of the file that its views use, and boxes are relative to that part; images are stored in the
+/// order in which they were decoded.
 struct Batch {
   int slot = -1;
   int64_t pixel_bytes = 0;       // of all images; 0 where patches are cut here
@@ -67,11 +67,11 @@ struct Batch {
 };
 
 /// Makes batches of bags ahead of their consumer: threads decode each image once, cut its P patches
-/// while it is hot, and write them into a ring of slots that the caller provides. With `cut` false
-/// they hand over the decoded images instead, for a device to cut.
+/// while it is in cache, and write them into a ring of slots that the caller provides. With `cut`
+/// false they write the decoded images instead, for a device to cut.
 ///
-/// A bag depends on (seed, epoch, data-set index) only. `next` and the other methods belong to one
-/// consumer thread. After fork() a child's loader makes its own threads and goes on where it stood.
+/// A bag depends on (seed, epoch, data-set index) only. All methods are for one consumer thread.
+/// After fork() a child's loader starts threads of its own and continues at the same batch.
 class Loader {
  public:
   enum class Status { kReady, kWaiting, kEnd };
@@ -85,19 +85,19 @@ class Loader {
   Loader(const Loader&) = delete;
   Loader& operator=(const Loader&) = delete;
 
-  /// Begins an epoch at `first_batch`; one that is under way is stopped.
+  /// Begins an epoch at `first_batch`, after stopping the current one.
   void start(EpochPlan plan, int64_t first_batch);
 
-  /// Takes the next batch, waiting for it up to `timeout_ms`. kHeldBatches - 1 further calls leave
-  /// it as it is.
+  /// Takes the next batch, waiting for it up to `timeout_ms`. The next kHeldBatches - 1 calls do
+  /// not overwrite it.
   Status next(int timeout_ms, Batch* batch);
 
-  /// Gives the slot of the batch that was taken last another pixel buffer, and moves its images
-  /// there. What found no room in the old one waited elsewhere: required before the batch is used
-  /// where `pixel_bytes` is more than the slot's buffer holds.
+  /// Gives the slot of the latest batch another pixel buffer, and moves its images there. Images
+  /// that did not fit into the old one are in memory of their own until then: to be called before a
+  /// batch is used whose `pixel_bytes` exceeds the capacity of the slot's buffer.
   void move_pixels(int slot, PixelBuffer buffer);
 
-  /// Ends the epoch and its threads; what is in the making is dropped.
+  /// Ends the epoch and its threads; unfinished batches are dropped.
   void stop();
 
   /// Images that were replaced so far, each once, in the order in which they were first met.
@@ -106,7 +106,7 @@ class Loader {
  private:
   struct Worker;  // a thread's reader and buffers
   struct Slot;
-  struct Run;  // an epoch under way: threads, their lock, the state of the slots
+  struct Run;  // the current epoch: threads, their lock, the state of the slots
 
   void run_threads();
   void work(Run& run, Worker& worker);

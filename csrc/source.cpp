@@ -80,7 +80,7 @@ ShardSource::ShardSource(const std::vector<std::string>& paths, std::vector<int3
     const int64_t end = static_cast<int64_t>(files_[shard_[i]]->size());
     if (offsets_[i] < 0 || sizes_[i] < 0 || offsets_[i] > end || sizes_[i] > end - offsets_[i]) {
       throw std::invalid_argument("image " + std::to_string(i) +
-                                  " lies beyond the end of its file: was the file changed?");
+                                  " is beyond the end of its file: was the file changed?");
     }
   }
 }
@@ -123,7 +123,7 @@ ArraySource::ArraySource(const uint8_t* data, int64_t count, int64_t height, int
     throw std::invalid_argument("an array of " + std::to_string(channels) +
                                 " channels: images are uint8 [N, H, W, 3] or [N, H, W, 1]");
   }
-  if (height < 1 || width < 1) throw std::invalid_argument("an array of images without pixels");
+  if (height < 1 || width < 1) throw std::invalid_argument("the images have no pixels");
 }
 
 Item ArraySource::read(int64_t index, std::vector<uint8_t>&) const {

@@ -18,14 +18,15 @@ struct Item {
   bool is_pixels() const { return channels > 0; }
 };
 
-/// A data set's images in random access. Reading is const and safe from many threads.
+/// Random access to a data set's images. Reading is const and safe from many threads.
 class Source {
  public:
   virtual ~Source() = default;
   virtual int64_t size() const = 0;
 
-  /// Image `index`; what it points to lives as long as the source and `buffer`, which is reused
-  /// from call to call. Throws std::runtime_error with the reason where the file cannot be read.
+  /// Image `index`; its data is valid as long as the source and until the next use of `buffer`,
+  /// which is reused from call to call. Throws std::runtime_error with the reason if it cannot be
+  /// read.
   virtual Item read(int64_t index, std::vector<uint8_t>& buffer) const = 0;
 
  protected:
@@ -75,7 +76,7 @@ class FileSource : public Source {
   std::vector<std::string> paths_;
 };
 
-/// A uint8 array [N, H, W, C], C = 1 or 3, that is kept alive by `owner` and never copied.
+/// A uint8 array [N, H, W, C], C = 1 or 3, kept alive by `owner` and not copied.
 class ArraySource : public Source {
  public:
   ArraySource(const uint8_t* data, int64_t count, int64_t height, int64_t width, int64_t channels,
@@ -89,7 +90,7 @@ class ArraySource : public Source {
   std::shared_ptr<const void> owner_;
 };
 
-/// Images that somebody else's function fetches, of any sizes.
+/// Images of any sizes, fetched by a function.
 class FunctionSource : public Source {
  public:
   /// Fetches one image, as `read` of a source does; called from many threads at once.

@@ -39,7 +39,7 @@ BAD = {
     "zero_bytes": (lambda: b"", "empty"),
     "text": (lambda: b"this is no image", "not an image"),
     "noise_after_start": (lambda: b"\xff\xd8\xff" + bytes(200), "JPEG|not an image"),
-    "bomb": (bomb, "100000 x 100000 pixels is over the limit|bomb"),
+    "bomb": (bomb, "100000 x 100000 pixels exceeds the limit|bomb"),
     "unreadable": (None, "cannot open the file: No such file"),
 }
 GOOD = {

@@ -124,7 +124,7 @@ def test_keyboard_interrupt_is_no_bad_image():
         (np.zeros((3, 4, 4), np.uint8), r"an array of type uint8 and shape \[3, 4, 4\]; expected"),
         (np.zeros((4, 4, 4), np.uint8), r"shape \[4, 4, 4\]"),
         (np.zeros(16, np.uint8), r"shape \[16\]"),
-        (np.zeros((0, 4, 3), np.uint8), "without pixels"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
         (b"", "empty"),
         (b"no image", "not an image"),
     ],
@@ -139,7 +139,7 @@ def test_what_is_no_image_is_named(result, text):
 
 def test_pixels_over_the_limit_are_refused():
     source = Source.from_function(lambda index: PICTURES[index], 4)
-    with pytest.raises(ImageError, match="48 x 64 pixels is over the limit"):
+    with pytest.raises(ImageError, match="48 x 64 pixels exceeds the limit"):
         source.decode(3, max_pixels=2000)
 
 

@@ -338,7 +338,7 @@ def test_npy_and_npz(tmp_path):
 @pytest.mark.parametrize(
     ("images", "labels", "text"),
     [
-        (np.zeros((2, 4, 4, 3), np.float32), None, "float32; uint8"),
+        (np.zeros((2, 4, 4, 3), np.float32), None, "must be uint8 .* got float32"),
         (np.zeros((2, 3, 4, 4), np.uint8), None, "transpose"),
         (np.zeros((0, 4, 4, 3), np.uint8), None, "no images"),
         (np.zeros((2, 4, 4, 3), np.uint8), [1], "1 labels for 2 images"),

@@ -1,4 +1,4 @@
-"""Images in, bags of patches out: `open_source` finds the images, `BagLoader` makes the batches."""
+"""From images to bags of patches: `open_source` opens a data set, `BagLoader` makes batches."""
 
 from bagssl_fast.augment import Augment
 from bagssl_fast.data.batch import Batch, ImageBatch

@@ -25,30 +25,29 @@ def make_source(
     """Checks shapes and types and wraps them."""
     if images.dtype != np.uint8:
         raise ValueError(
-            f"{stem}: images of type {images.dtype}; uint8 values 0 to 255 are expected (convert "
-            "them, for example by (x * 255).astype('uint8'))"
+            f"{stem}: images must be uint8 with values 0 to 255, got {images.dtype} (convert them, "
+            "for example by (x * 255).astype('uint8'))"
         )
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[3] not in (1, 3):
         hint = (
-            "; this looks like [N, C, H, W]: transpose it by .transpose(0, 2, 3, 1)"
+            " (this looks like [N, C, H, W]: use .transpose(0, 2, 3, 1))"
             if images.ndim == 4 and images.shape[1] in (1, 3)
             else ""
         )
         raise ValueError(
-            f"{stem}: images of shape {list(images.shape)}; [N, H, W, 3] or [N, H, W, 1] is "
-            f"expected{hint}"
+            f"{stem}: images must be [N, H, W, 3] or [N, H, W, 1], got {list(images.shape)}{hint}"
         )
     if len(images) == 0:
-        raise ValueError(f"{stem}: an array of no images")
+        raise ValueError(f"{stem}: the array holds no images")
     images = np.ascontiguousarray(images)
     if labels is not None:
         try:
             labels, classes = class_labels(labels, len(images), classes)
         except ValueError as error:
             raise ValueError(f"{stem}: {error}") from None
-    # A look at 256 images is enough to tell data sets apart.
+    # 256 images are enough to distinguish data sets.
     probe = images[:: max(1, len(images) // 256)][:256]
     shape = np.array(images.shape, np.int64)
     mark = fingerprint_of(shape, probe, labels if labels is not None else b"")
@@ -56,13 +55,13 @@ def make_source(
 
 
 def open_numpy(path: Path) -> Source:
-    """`.npy` (mapped, not loaded) or `.npz` with `images` and, where there are any, `labels`."""
+    """`.npy` (mapped, not loaded) or `.npz` with `images` and optional `labels`."""
     try:
         if path.suffix == ".npy":
             return make_source(np.load(path, mmap_mode="r"), None, None, str(path))
         with np.load(path, allow_pickle=False) as arrays:
             if "images" not in arrays:
-                raise ValueError(f"no array 'images' in it, only {sorted(arrays)}")
+                raise ValueError(f"no array 'images', only {sorted(arrays)}")
             labels = arrays.get("labels")
             classes = [str(name) for name in arrays.get("classes", ())] or None
             return make_source(arrays["images"], labels, classes, str(path))
@@ -72,7 +71,7 @@ def open_numpy(path: Path) -> Source:
 
 
 def open_torchvision(root: Path, split: str) -> Source | None:
-    """torchvision's CIFAR-10, CIFAR-100 or MNIST as it lies on disk; None if it is none of them."""
+    """torchvision's CIFAR-10, CIFAR-100 or MNIST as stored on disk; None for anything else."""
     for folder in (root, root / "cifar-10-batches-py"):
         if (folder / "data_batch_1").is_file():
             batches = [f"data_batch_{i}" for i in range(1, 6)]
@@ -87,13 +86,13 @@ def open_torchvision(root: Path, split: str) -> Source | None:
         if images is not None:
             labels = _find_idx(folder, f"{prefix}-labels-idx1-ubyte")
             if labels is None:
-                raise ValueError(f"{images}: its file of labels is missing")
+                raise ValueError(f"{images}: the file with its labels is missing")
             return make_source(_read_idx(images), _read_idx(labels), None, str(images))
     return None
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds arrays and plain containers, and refuses everything else that a pickle could run."""
+    """Builds arrays and plain containers, and refuses everything else, as a pickle can run code."""
 
     _ALLOWED = frozenset(
         {
@@ -107,7 +106,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -151,5 +150,7 @@ def _read_idx(path: Path) -> NDArray[np.uint8]:
     shape = np.frombuffer(raw, ">i4", rank, 4).astype(np.int64)
     values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
     if len(values) != shape.prod():
-        raise ValueError(f"{path}: {len(values)} values where {shape.prod()} belong: truncated?")
+        raise ValueError(
+            f"{path}: expected {shape.prod()} values, got {len(values)}: is the file truncated?"
+        )
     return values.reshape(shape)

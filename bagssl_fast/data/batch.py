@@ -1,4 +1,4 @@
-"""A batch of bags: patches that the loader cut, or images and views for a device to cut them."""
+"""A batch of bags: patches cut by the loader, or images and views for a device to cut."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Batch:
         patches: [P, B, 3, h, w]; in memory [P, B, h, w, 3], so that every [P * B, 3, h, w] is
             channels-last.
         labels: Class per image, int64 [B]; -1 where the source has no labels.
-        index: Place in the data set per image, int64 [B]; the replacement's for an image that
-            could not be decoded.
+        index: Index in the data set per image, int64 [B]; for an image that could not be decoded,
+            the index of its replacement.
     """
 
     patches: Tensor
@@ -39,7 +39,7 @@ class Batch:
     index: Tensor
 
     def clone(self) -> Batch:
-        """A copy that stays as it is, however many batches follow."""
+        """A copy with memory of its own, which later batches do not overwrite."""
         return Batch(self.patches.clone(), self.labels.clone(), self.index.clone())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -49,10 +49,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """One batch of a rank before it is cut: what travels to a device is the images, not P patches.
+    """One batch of a rank before cutting: a device is sent the images instead of P patches each.
 
     Attributes:
-        images: Of each image the part that its views touch, one behind the other in one buffer.
+        images: Of each image the part that its views use, one after another in one buffer.
         params: The views, float32 [P, B, 16]; boxes are relative to that part.
         labels, index: As in `Batch`.
         options: Of `ops.patch_views`: size, interpolation, blur_kernel, mean, std, dtype.
@@ -66,11 +66,11 @@ class ImageBatch:
 
     @property
     def patches(self) -> Tensor:
-        """[P, B, 3, h, w], channels-last; cut where the images are, each time it is asked for."""
+        """[P, B, 3, h, w], channels-last; cut on the images' device, again at every access."""
         return ops.patch_views(self.images, self.params, **self.options)
 
     def clone(self) -> ImageBatch:
-        """A copy that stays as it is, however many batches follow."""
+        """A copy with memory of its own, which later batches do not overwrite."""
         images = ops.RaggedImages(*(x.clone() for x in self.images))
         params, labels, index = self.params.clone(), self.labels.clone(), self.index.clone()
         return ImageBatch(images, params, labels, index, self.options)
@@ -83,10 +83,10 @@ class ImageBatch:
 
 
 def device_options(augments: Sequence[Augment], dtype: str) -> dict[str, Any]:
-    """What `ops.patch_views` is given beside images and views.
+    """The arguments of `ops.patch_views` other than images and views.
 
     Raises:
-        ValueError: If slots differ in what is not part of a view.
+        ValueError: If the slots differ in one of these.
     """
     if differing(augments):
         raise ValueError(

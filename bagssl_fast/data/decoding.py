@@ -1,4 +1,4 @@
-"""Image files that the C++ core does not decode itself: other formats than JPEG, by Pillow."""
+"""Image files that the C++ core does not decode: formats other than JPEG, by Pillow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bagssl_fast._extension import _C
 
-# Pillow's own limit, above which it takes a file for a decompression bomb.
+# Pillow's own limit, above which it treats a file as a decompression bomb.
 MAX_PIXELS = 178_956_970
 TWELVE_BITS = 1 << 12
 
@@ -48,7 +48,7 @@ def decode_image(data: memoryview | bytes, max_pixels: int = MAX_PIXELS) -> NDAr
 
 
 def _decode_plain_jpeg(data: memoryview | bytes, max_pixels: int) -> NDArray[np.uint8] | None:
-    """By simplejpeg, or None for what Pillow has to do: turned images, inks, damaged headers."""
+    """By simplejpeg, or None where Pillow is needed: EXIF rotation, CMYK, damaged headers."""
     if _EXIF in bytes(data[:65536]):
         return None
     try:
@@ -72,7 +72,7 @@ def _decode_with_pillow(data: memoryview | bytes, max_pixels: int) -> NDArray[np
             upright = ImageOps.exif_transpose(image)
             return to_rgb(upright)
     except UnidentifiedImageError:
-        raise ValueError("not an image in any format that Pillow reads") from None
+        raise ValueError("not an image of a format that Pillow reads") from None
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
@@ -95,6 +95,6 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ValueError(
-            f"an image of {width} x {height} pixels is over the limit of {max_pixels} pixels "
+            f"an image of {width} x {height} pixels exceeds the limit of {max_pixels} pixels "
             "(raise max_pixels)"
         )

@@ -33,12 +33,12 @@ PHOTOGRAPHS = (
 TILE = 48
 TRAIN_TILES, TEST_TILES = 240, 60  # per photograph
 
-# Photographs are cut into blocks; every fourth is for testing, and no tile crosses a block's edge.
+# Photographs are cut into blocks; every fourth is for testing, no tile is in two blocks.
 _BLOCK = 96
 
 
 def open_demo(split: str) -> Source:
-    """Tiles of one photograph make a class; training and test tiles have no pixel in common."""
+    """One class per photograph; training and test tiles have no pixel in common."""
     folder = _photograph_folder()
     count = TRAIN_TILES if split == "train" else TEST_TILES
     tiles = []
@@ -46,8 +46,8 @@ def open_demo(split: str) -> Source:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: this scikit-image has no such photograph; another version by "
-                'pip install -U "bagssl_fast[demo]" has'
+                f"{path}: this version of scikit-image does not have the photograph: "
+                'pip install -U "bagssl_fast[demo]"'
             )
         photograph = np.asarray(Image.open(path).convert("RGB"))
         tiles.append(_cut_tiles(photograph, count, number, is_test=split == "test"))
@@ -60,8 +60,8 @@ def _photograph_folder() -> Path:
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
-            "the demo set is made of scikit-image's photographs: "
-            'pip install "bagssl_fast[demo]", or give a data set of your own'
+            "the demo set needs scikit-image's photographs: "
+            'pip install "bagssl_fast[demo]", or use a data set of your own'
         )
     return Path(spec.submodule_search_locations[0]) / "data"
 
@@ -69,12 +69,12 @@ def _photograph_folder() -> Path:
 def _cut_tiles(
     photograph: NDArray[np.uint8], count: int, number: int, is_test: bool
 ) -> NDArray[np.uint8]:
-    """`count` tiles [count, TILE, TILE, 3] at fixed, scattered places of the split's blocks."""
+    """`count` tiles [count, TILE, TILE, 3] at fixed, scattered positions in the split's blocks."""
     rows, columns = photograph.shape[0] // _BLOCK, photograph.shape[1] // _BLOCK
     blocks = [
         (y, x) for y in range(rows) for x in range(columns) if ((x + 2 * y) % 4 == 1) == is_test
     ]
-    # Raw bits of a counter-based generator: the same places with every version of numpy.
+    # Raw bits of a counter-based generator: the same positions with every version of numpy.
     bits = np.random.Philox(key=[number, int(is_test)]).random_raw(2 * count)
     shifts = (bits % np.uint64(_BLOCK - TILE + 1)).astype(np.int64).reshape(count, 2)
     tiles = np.empty((count, TILE, TILE, 3), photograph.dtype)

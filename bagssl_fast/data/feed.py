@@ -1,4 +1,4 @@
-"""Batches to a GPU, one step ahead of the work on them."""
+"""Batches to a GPU, one step ahead of the training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def ahead(
 ) -> Iterator[Tensor]:
     """The patches of each batch [P, B, C, h, w] on the device, for the current stream.
 
-    The next batch travels, and is cut where that is left to the device, on a stream of its own
-    while this one is worked on. The loader may then use its memory again: a batch has arrived by
-    the time the one after it is taken.
+    While one batch is in use, the next one is copied, and with views="device" also cut, on a
+    stream of its own. A batch has been copied by the time the one after it is taken, so the loader
+    may reuse its memory.
 
     Args:
-        batches: Of a `BagLoader` with `pin_memory`.
+        batches: From a `BagLoader` with `Output(pin_memory=True)`.
         device: A CUDA device.
-        cuda: `torch.cuda`, or something in its place.
+        cuda: `torch.cuda`, or a stand-in for it.
     """
     stream = cuda.Stream(device)
     ready: tuple[Tensor, Any] | None = None

@@ -37,7 +37,7 @@ def open_folder(root: Path, on_error: str, labeled: bool = True) -> Source:
                 names.append(os.path.relpath(os.path.join(folder, name), base))
                 parents.append(parent)
     if not names:
-        raise ValueError(f"{root}: no image files in it; give {KINDS}")
+        raise ValueError(f"{root}: the folder has no image files; give {KINDS}")
 
     labels, classes = label_by_text(parents if labeled else [None] * len(names))
     table = NameTable.of(names, prefix=f"{root}{os.sep}")
@@ -55,7 +55,7 @@ def open_files(paths: Sequence[str | os.PathLike[str]]) -> Source:
     """Image files in the order given, without labels.
 
     Raises:
-        FileNotFoundError: Naming the first that is not there.
+        FileNotFoundError: For the first that does not exist.
     """
     names = [os.fsencode(path) for path in paths]
     for name in names:

@@ -197,12 +197,12 @@ class BagLoader:
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        """Images that could not be decoded and were replaced: name and reason, each once."""
+        """Images that were replaced because they could not be decoded: name and reason of each."""
         found = self._native.skipped if self._native is not None else self._last_skipped
         return [(self.source.name(index), reason) for index, reason in found]
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, batches taken in it, and what the order of batches depends on."""
+        """Epoch, batches taken in it, and the settings that decide the batches."""
         return {"epoch": self._epoch, "step": self._step or self._begin, "config": self._config()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,7 +240,7 @@ class BagLoader:
         }
 
     def close(self) -> None:
-        """Ends the threads and gives back the ring's memory; batches still held keep theirs."""
+        """Ends the threads and frees the ring's memory; batches still in use keep theirs."""
         if self._native is not None:
             self._last_skipped = self._native.skipped
             self._finalizer()
@@ -261,7 +261,7 @@ class BagLoader:
 
 
 class _Epoch:
-    """One iteration over a loader; the threads end with it, whenever it is dropped."""
+    """One iteration over a loader; deleting it at any time ends the threads."""
 
     def __init__(self, loader: BagLoader, native: _C.Loader, iteration: int) -> None:
         self._loader, self._native, self._iteration = loader, native, iteration
@@ -280,7 +280,7 @@ class _Epoch:
             raise
 
     def close(self) -> None:
-        """Ends the threads, unless they work for another iteration by now."""
+        """Ends the threads, unless they work for another iteration already."""
         if not self._ended and self._loader._iteration == self._iteration:
             self._native.stop()
         self._ended = True

@@ -1,4 +1,4 @@
-"""One way in for data: `open_source` tells what a path or an array is, and opens it."""
+"""The entry point for data: `open_source` finds out what a path or an array is, and opens it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_source(data: Any, *, labels: Any = "auto", on_error: str = "raise") -> 
 
     Args:
         data: A path: "demo"; a folder (class = name of a file's folder; files directly in it have
-            none); a tar, or a list, glob or folder of tars (class = folder of a member, or its
+            no class); a tar, or a list, glob or folder of tars (class = folder of a member, or its
             `.cls` member as in WebDataset); `.npy` or `.npz` with uint8 `images` [N, H, W, 3 or 1]
             and optional `labels`; the folder of torchvision's CIFAR-10, CIFAR-100 or MNIST. For
             "demo", CIFAR and MNIST a suffix `:train` (default) or `:test` chooses the split. Or a
@@ -30,8 +30,8 @@ def open_source(data: Any, *, labels: Any = "auto", on_error: str = "raise") -> 
             a label in a labeled set are left out, with a warning.
 
     Raises:
-        FileNotFoundError: If nothing is there.
-        ValueError: If it holds no images or is of no known kind.
+        FileNotFoundError: If the path does not exist.
+        ValueError: If it holds no images or is of an unknown kind.
     """
     check_choice("on_error", on_error, ON_ERROR)
     labeled = True
@@ -48,7 +48,7 @@ def _open(data: Any, labels: Any, labeled: bool, on_error: str) -> Source:
     if hasattr(data, "__array__") and not isinstance(data, (str, os.PathLike)):
         return arrays.from_memory(data, labels)
     if labels is not None:
-        raise ValueError("labels go with an array in memory; files bring their own")
+        raise ValueError("labels are for an array in memory; files have their own")
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
         return tars.open_tars([Path(path) for path in data], on_error, labeled)
     if not isinstance(data, (str, os.PathLike)):
@@ -79,7 +79,7 @@ def _open_path(path: str, split: str | None, labeled: bool, on_error: str) -> So
     if where.suffix in (".npy", ".npz"):
         return arrays.open_numpy(where)
     if where.name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip")):
-        raise ValueError(f"{path}: compressed archives have no random access; unpack it first")
+        raise ValueError(f"{path}: a compressed archive has no random access; unpack it first")
     if where.suffix == ".tar":
         return tars.open_tars([where], on_error, labeled)
     raise ValueError(f"{path}: not a data set of a known kind; give {KINDS}")

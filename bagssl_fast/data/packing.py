@@ -22,20 +22,20 @@ from bagssl_fast.data.decoding import ImageError
 from bagssl_fast.data.source import ON_ERROR, Source
 from bagssl_fast.locate import check_tar
 
-# Below this short side, halving the colors' resolution would be seen.
+# Below this short side, halving the resolution of the colors would be visible.
 _FULL_CHROMA_BELOW = 128
 
 
 @dataclass
 class Report:
-    """What a packing did.
+    """The result of packing.
 
     Attributes:
         images: Images written.
-        bytes_in: Size of their files before (of their pixels, for arrays).
-        bytes_out: Size of their files after.
-        kept: Images whose files were stored as they are, being small JPEGs already.
-        skipped: Name and reason of those left out.
+        bytes_in: Total size of their files before (of their pixels, for arrays).
+        bytes_out: Total size of their files after.
+        kept: Images stored unchanged, because they were small JPEGs already.
+        skipped: Name and reason of each image left out.
         paths: The shards written.
     """
 
@@ -58,20 +58,20 @@ def pack(
     num_threads: int = 0,
     on_error: str = "raise",
 ) -> Report:
-    """Writes a source's images as JPEGs into tar shards. Nothing appears under the destination's
-    name before everything is written.
+    """Writes a source's images as JPEGs into tar shards, which get their names when all are
+    complete.
 
     Args:
         source: What to pack.
         destination: A path ending in .tar; with several shards, `name-000000.tar` and so on.
         short_side: Images are scaled down to it (Lanczos), never up; 0 keeps their size. A JPEG
-            that is small enough already is stored as it is.
+            that is small enough already is stored unchanged.
         quality: Of the JPEGs, 1 to 100.
         shard_size: Bytes after which a new shard begins; 0 makes one.
         layout: "folder" (class/name.jpg), "webdataset" (key.jpg and, of labeled images, key.cls),
-            or "auto": folders wherever they keep the classes' numbers.
+            or "auto": "folder", unless the class numbers would change that way.
         num_threads: 0 = all CPUs of this process.
-        on_error: "raise", or "skip" to leave out and list what cannot be decoded.
+        on_error: "raise", or "skip" to leave out images that cannot be decoded, and list them.
 
     Raises:
         ValueError: For arguments out of range.
@@ -108,7 +108,7 @@ def pack(
 def _in_order(
     source: Source, short_side: int, quality: int, threads: int
 ) -> Iterator[Future[tuple[bytes, int, bool]]]:
-    """The images' jobs in the source's order, with few of them in memory at a time."""
+    """The encoding jobs in the source's order, a few of them in memory at a time."""
     with ThreadPoolExecutor(threads) as pool:
         window: deque[Future[tuple[bytes, int, bool]]] = deque()
         try:
@@ -124,13 +124,13 @@ def _in_order(
 
 
 def encode(source: Source, index: int, short_side: int, quality: int) -> tuple[bytes, int, bool]:
-    """One image as JPEG: its bytes, the size of what it was, whether they are the same."""
+    """One image as JPEG: its bytes, its size before, and whether it is unchanged."""
     try:
         stored = source.read(index)
     except RuntimeError as error:
         raise ImageError(source.name(index), str(error)) from None
     size = stored.nbytes if isinstance(stored, np.ndarray) else len(stored)
-    pixels = source.decode(index)  # always, so that no damaged file is handed on
+    pixels = source.decode(index)  # always, to find damaged files
     height, width = pixels.shape[:2]
     shrinks = 0 < short_side < min(height, width)
     if not shrinks and isinstance(stored, bytes) and stored[:3] == b"\xff\xd8\xff":
@@ -144,14 +144,14 @@ def encode(source: Source, index: int, short_side: int, quality: int) -> tuple[b
 
 
 class _Namer:
-    """Members' names, each once."""
+    """Unique names for the members of the tars."""
 
     def __init__(self, source: Source, layout: str) -> None:
         self.source, self.layout = source, layout
         self.used: set[str] = set()
 
     def members(self, index: int, data: bytes) -> list[tuple[str, bytes]]:
-        """The members that one image becomes."""
+        """The members that store one image."""
         label = -1 if self.source.labels is None else int(self.source.labels[index])
         if self.layout == "webdataset":
             key = f"{index:08d}"
@@ -195,7 +195,7 @@ class _ShardWriter:
 
     def commit(self) -> list[Path]:
         if self.tar is None and not self.temporary:
-            raise ValueError(f"no image is left to write into {self.destination}")
+            raise ValueError(f"there are no images left to write to {self.destination}")
         if self.tar is not None:
             self.tar.close()
         stem = self.destination.name[: -len(".tar")]

@@ -1,4 +1,4 @@
-"""Whatever people hold images in, as upright RGB arrays."""
+"""Images in any of the usual forms as upright RGB arrays."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ KINDS = (
 
 
 def split_images(images: Any) -> Sequence[Any]:
-    """One item per image: the rows of a batch, the items of a list, or the one image that it is.
+    """One item per image: the rows of a batch, the items of a list, or the image itself.
 
     Three dimensions are always one image: as a stack, three gray images could not be told from one
     color image.
 
     Raises:
-        ValueError: For what is no image and no batch of images.
+        ValueError: For anything that is neither an image nor a batch of images.
     """
     if isinstance(images, (str, os.PathLike, Image.Image)):
         return [images]
@@ -34,7 +34,7 @@ def split_images(images: Any) -> Sequence[Any]:
         images = images.detach().cpu().numpy()
     if hasattr(images, "__array__"):
         images = np.asarray(images)
-        if images.dtype.kind in "OUS":  # an array of paths or of images, as numpy makes of lists
+        if images.dtype.kind in "OUS":  # an array of paths or of images, as numpy makes from lists
             return list(images.reshape(-1))
         if images.ndim == 3 and _channels_axis(images) is None:
             raise ValueError(
@@ -74,20 +74,20 @@ def to_array(item: Any, index: int) -> NDArray[np.uint8]:
     array = np.asarray(item)
     if array.dtype != np.uint8:
         hint = (
-            "; pixels in 0..1 become uint8 by (x * 255).round().astype('uint8')"
+            "; convert pixels in 0..1 by (x * 255).round().astype('uint8')"
             if array.dtype.kind == "f"
             else ""
         )
         raise ValueError(
-            f"image {index} is {array.dtype} {list(array.shape)}; uint8 values 0 to 255 are "
-            f"expected, neither scaled nor normalized{hint}"
+            f"image {index} is {array.dtype} {list(array.shape)}; expected uint8 values 0 to 255, "
+            f"neither scaled nor normalized{hint}"
         )
     whole = array[..., None] if array.ndim == 2 else array
     axis = _channels_axis(whole) if whole.ndim == 3 else None
     if axis is None or whole.size == 0:
-        alpha = "; drop an alpha channel by image[..., :3]" if array.shape[-1:] == (4,) else ""
+        alpha = "; remove the alpha channel by image[..., :3]" if array.shape[-1:] == (4,) else ""
         raise ValueError(
-            f"image {index} has the shape {list(array.shape)}; expected [H, W, 3], [3, H, W] or "
+            f"image {index} has shape {list(array.shape)}; expected [H, W, 3], [3, H, W] or "
             f"[H, W]{alpha}"
         )
     whole = np.moveaxis(whole, axis, 2)
@@ -95,5 +95,5 @@ def to_array(item: Any, index: int) -> NDArray[np.uint8]:
 
 
 def _channels_axis(array: NDArray[Any]) -> int | None:
-    """Where [H, W, C] or [C, H, W] has its 1 or 3 channels; the last axis goes first."""
+    """The axis of the 1 or 3 channels of [H, W, C] or [C, H, W]; the last one if both fit."""
     return next((axis for axis in (2, 0) if array.shape[axis] in (1, 3)), None)

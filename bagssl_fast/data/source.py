@@ -1,4 +1,4 @@
-"""Sources: a data set's images in random access, with names and labels, without conversion."""
+"""Sources: random access to a data set's images, with names and labels, without conversion."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class NameTable:
         return self.blob[begin : int(self.ends[index])]
 
     def __getitem__(self, index: int) -> str:
-        # Names may be in any encoding; what is not UTF-8 is shown as \xNN.
+        # Names may be in any encoding; bytes that are not UTF-8 are shown as \xNN.
         return self.prefix + self.raw(index).decode("utf-8", "backslashreplace")
 
 
@@ -73,7 +73,7 @@ class NumberedNames:
 
 
 class FunctionNames:
-    """Names that a function gives."""
+    """Names given by a function."""
 
     def __init__(self, name: Callable[[int], str]) -> None:
         self._name = name
@@ -88,7 +88,7 @@ class Source:
     Attributes:
         labels: Class index per image, int64 [N], or None where the set has no labels.
         classes: Name of each class, or None.
-        fingerprint: Short text that two openings of the same images share, wherever they lie.
+        fingerprint: Short text that identifies the images, independent of where they are stored.
         native: The C++ side.
     """
 
@@ -168,7 +168,7 @@ class Source:
         return other
 
     def name(self, index: int) -> str:
-        """Name of an image, as errors tell it: a path, or shard and member."""
+        """Name of an image, for errors: a path, or shard and member."""
         return self._names[self._check(index)]
 
     def read(self, index: int) -> bytes | NDArray[np.uint8]:
@@ -179,7 +179,7 @@ class Source:
         """The upright RGB image, uint8 [H, W, 3].
 
         Raises:
-            ImageError: If it cannot be decoded, with its name and the reason.
+            ImageError: If it cannot be decoded; with its name and the reason.
         """
         try:
             return self.native.decode(self._check(index), decode_image, max_pixels)
@@ -193,13 +193,13 @@ class Source:
 
 
 def is_image_name(name: bytes) -> bool:
-    """Whether a file's name says that it is an image; hidden files are not."""
+    """Whether a file is an image by its name; hidden files are not."""
     stem, suffix = os.path.splitext(os.path.basename(name))
     return suffix.decode("latin-1").lower() in IMAGE_SUFFIXES and not stem.startswith(b".")
 
 
 def label_by_text(texts: Sequence[bytes | None]) -> tuple[NDArray[np.int64], list[str]]:
-    """Class index per image, in the order of the classes' names; -1 where the text is None."""
+    """Class index per image, of the sorted classes; -1 where the text is None."""
     found = sorted({text for text in texts if text is not None})
     number = {text: i for i, text in enumerate(found)}
     labels = np.array([-1 if text is None else number[text] for text in texts], np.int64)
@@ -228,7 +228,7 @@ def class_labels(
 
 
 def check_labels(labels: NDArray[np.int64], names: Names, on_error: str) -> NDArray[np.int64]:
-    """Which images to keep: all of them, unless some have a label and others have not.
+    """Which images to keep: all of them, unless some have a label and others do not.
 
     Raises:
         ValueError: In that case, under on_error="raise".

@@ -1,4 +1,4 @@
-"""Tar shards: indexed once, then mapped and read in random access."""
+"""Tar shards: indexed once, then mapped into memory for random access."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bagssl_fast.data.source import (
     label_by_text,
 )
 
-_FORMAT = 1  # of a cached index; a new number leaves old files aside
+_FORMAT = 1  # of a cached index; a new number makes old files unused
 _CLASS_SUFFIX = b".cls"
 
 
@@ -34,12 +34,12 @@ class ShardIndex:
     """The images of one tar.
 
     Attributes:
-        names: Their members' names.
-        offsets: Where their contents begin, int64 [N].
-        sizes: And how many bytes they have, int64 [N].
+        names: The names of their members.
+        offsets: Where their contents begin in the file, int64 [N].
+        sizes: Their sizes in bytes, int64 [N].
         labels: Index into `classes`, -1 for none, int64 [N].
         classes: Class names; the text of `.cls` members, else the members' folders.
-        numbered: Whether the classes come from `.cls` members and are all whole numbers.
+        numbered: Whether the classes come from `.cls` members and are all integers.
     """
 
     names: NameTable
@@ -76,14 +76,14 @@ class _Subset:
 def open_tars(paths: Sequence[Path], on_error: str, labeled: bool = True) -> Source:
     """Opens tar shards as one source, in the order given."""
     if not paths:
-        raise ValueError("an empty list of tar files: name at least one")
+        raise ValueError("empty list of tar files: give at least one")
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such file")
+            raise FileNotFoundError(f"{path}: no such file")
     indices = [_indexed(path, on_error) for path in paths]
     counts = [len(index.names) for index in indices]
     if sum(counts) == 0:
-        raise ValueError(f"{paths[0]}: no image files in it")
+        raise ValueError(f"{paths[0]}: the tar has no image files")
 
     labels, classes = _merge_classes(indices)
     if not labeled:
@@ -109,7 +109,7 @@ def open_tars(paths: Sequence[Path], on_error: str, labeled: bool = True) -> Sou
 
 
 def _merge_classes(indices: Sequence[ShardIndex]) -> tuple[NDArray[np.int64], list[str]]:
-    """Labels over all shards. Numbers in `.cls` members are labels as they stand."""
+    """Labels over all shards. Numbers in `.cls` members are used as labels."""
     texts = sorted({name for index in indices for name in index.classes})
     if texts and all(index.numbered or not index.classes for index in indices):
         texts = [str(i) for i in range(max(map(int, texts)) + 1)]
@@ -118,14 +118,14 @@ def _merge_classes(indices: Sequence[ShardIndex]) -> tuple[NDArray[np.int64], li
         number = {text: i for i, text in enumerate(texts)}
     merged = []
     for index in indices:
-        # One more entry, which label -1 picks.
+        # The extra entry at the end is for label -1.
         table = np.array([*(number[name] for name in index.classes), -1], np.int64)
         merged.append(table[index.labels])
     return np.concatenate(merged), texts
 
 
 def _indexed(path: Path, on_error: str) -> ShardIndex:
-    """The index of a tar from the user's cache, or made and cached."""
+    """The index of a tar, from the user's cache or made and cached."""
     cached = _cache_file(path)
     index = _load(cached)
     if index is not None:
@@ -137,11 +137,11 @@ def _indexed(path: Path, on_error: str) -> ShardIndex:
     if raw["damage"]:
         if on_error == "raise" or len(raw["sizes"]) == 0:
             raise ValueError(
-                f"{path}: {raw['damage']}. Make it again, or take the members before the damage "
-                'by on_error="skip"'
+                f"{path}: {raw['damage']}. Make the tar again, or use the members before the "
+                'damage by on_error="skip"'
             )
         warnings.warn(
-            f"{path}: {raw['damage']}; {len(raw['sizes'])} members before it are used",
+            f"{path}: {raw['damage']}; using the {len(raw['sizes'])} members before it",
             stacklevel=2,
         )
     index = _select_images(path, NameTable(raw["names"], raw["name_ends"]), raw)
@@ -187,7 +187,7 @@ def _contents(file: NDArray[np.uint8], raw: dict[str, NDArray[np.int64]], member
 
 
 def _cache_file(path: Path) -> Path:
-    """Where a tar's index is kept; another size or time of change is another file."""
+    """The cache file of a tar's index; it depends on the tar's path, size and modification time."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     info = path.stat()
     key = f"{_FORMAT}:{path.resolve()}:{info.st_size}:{info.st_mtime_ns}"
@@ -196,7 +196,7 @@ def _cache_file(path: Path) -> Path:
 
 
 def _load(file: Path) -> ShardIndex | None:
-    """A cached index; None where there is none that can be read."""
+    """A cached index; None if it is missing or cannot be read."""
     try:
         with np.load(file, allow_pickle=False) as saved:
             meta = json.loads(saved["meta"].tobytes())
@@ -213,7 +213,7 @@ def _load(file: Path) -> ShardIndex | None:
 
 
 def _save(file: Path, index: ShardIndex) -> None:
-    """Caches an index; a place that cannot be written to only costs the next opening its time."""
+    """Caches an index. Where the cache cannot be written, tars are indexed at every opening."""
     meta = json.dumps({"classes": index.classes, "numbered": index.numbered}).encode()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

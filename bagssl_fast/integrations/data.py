@@ -27,7 +27,7 @@ class MultiCropLoader(BagLoader):
     """A `BagLoader` whose batches have the form of a multi-crop DataLoader's.
 
     A batch's crops are a list of P tensors [B, 3, h, w], channels-last in memory. As in `BagLoader`
-    their memory is used again after two more batches were taken: clone what is kept longer.
+    their memory is reused after two more batches: clone what is kept longer.
 
     Args:
         source: A `Source`, or what `open_source` takes.
@@ -78,8 +78,8 @@ class MultiCropLoader(BagLoader):
 class BagDataset(Dataset[tuple[list[Tensor], int]]):
     """A map-style data set of (P crops [3, h, w], label) for a script that keeps its DataLoader.
 
-    The bags are those of a `BagLoader` over the same source: a function of (seed, epoch, place,
-    patch), the same in any worker. `MultiCropLoader` is the faster way.
+    The bags are those of a `BagLoader` over the same source: a function of (seed, epoch, index,
+    patch), the same in any worker. `MultiCropLoader` is faster.
 
     Args:
         source: A `Source`, or what `open_source` takes.
@@ -101,7 +101,7 @@ class BagDataset(Dataset[tuple[list[Tensor], int]]):
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers share it
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the bags, also in workers that run already."""
+        """Chooses the epoch of the bags, also in workers that are already running."""
         self._epoch[0] = epoch
 
     def __len__(self) -> int:
