@@ -19,7 +19,7 @@ from bagssl_fast.locate import KINDS
 
 
 def open_folder(root: Path, on_error: str, labeled: bool = True) -> Source:
-    """A folder tree of image files in the order of their names; class = the file's folder."""
+    """A folder tree of image files, sorted by name; class = the name of the file's folder."""
     # Bytes, because names need not be valid in any encoding.
     base = os.fsencode(root)
     names: list[bytes] = []

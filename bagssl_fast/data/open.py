@@ -15,7 +15,7 @@ from bagssl_fast.locate import KINDS, check_one_set, matches, split_suffix
 
 
 def open_source(data: Any, *, labels: Any = "auto", on_error: str = "raise") -> Source:
-    """Opens a data set as it lies on disk or in memory.
+    """Opens a data set as it is on disk or in memory, without conversion.
 
     Args:
         data: A path: "demo"; a folder (class = name of a file's folder; files directly in it have
@@ -23,7 +23,8 @@ def open_source(data: Any, *, labels: Any = "auto", on_error: str = "raise") -> 
             `.cls` member as in WebDataset); `.npy` or `.npz` with uint8 `images` [N, H, W, 3 or 1]
             and optional `labels`; the folder of torchvision's CIFAR-10, CIFAR-100 or MNIST. For
             "demo", CIFAR and MNIST a suffix `:train` (default) or `:test` chooses the split. Or a
-            uint8 array or tensor [N, H, W, 3 or 1], which is not copied.
+            uint8 array or tensor [N, H, W, 3 or 1], which is not copied. Or a `Source`, for example
+            of `Source.from_function`, which is returned.
         labels: "auto" for those that the data has, "none" to ignore them, or class indices [N] for
             an array in memory.
         on_error: "raise", or "skip": members beyond the damage of a broken tar and images without
