@@ -138,7 +138,7 @@ def test_nothing_to_embed_is_empty(impl):
         ({"images": torch.zeros(3, 3, 11, 3, dtype=torch.uint8)}, "does not fit"),
         ({"bias": torch.zeros(4)}, r"bias is \[4\], expected \[5\]"),
         ({"positions": torch.tensor([[0.0, 1.0]])}, "torch.float32, supported are int64"),
-        ({"positions": torch.tensor([[6, 0]])}, r"end at \(5, 8\)"),
+        ({"positions": torch.tensor([[6, 0]])}, r"expected from 0 to \(5, 8\)"),
         ({"positions": torch.tensor([[-1, 0]])}, "reach from -1"),
         ({"positions": torch.zeros(4, 2, 2, dtype=torch.int64)}, r"\[P, 3, 2\]"),
         ({"mean": (0.5,)}, "mean 1"),

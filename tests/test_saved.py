@@ -15,6 +15,7 @@ from test_bag_encoder import save as save_exported
 from bagssl_fast import cli, evaluate, export
 from bagssl_fast.inference.bag_encoder import BagEncoder
 from bagssl_fast.models import saved
+from bagssl_fast.models.bag_model import build_model
 
 CONFIG = CONFIGS["dense"]
 
@@ -68,6 +69,17 @@ def test_an_exported_folder_can_be_evaluated(folder, tmp_path):
     flags = ["--data", str(tmp_path / "x.npz"), "--patches", "1", "--no-random"]
     assert evaluate.main([str(folder), *flags]) == 0
     assert json.loads((folder / "eval.json").read_text())["step"] == 7
+
+
+def test_equal_weights_are_equal_files(tmp_path):
+    """A resumed run has the file of one that was never stopped, byte for byte."""
+    model = build_model(CONFIG)
+    files = set()
+    for i in range(8):
+        (tmp_path / str(i)).mkdir()
+        saved.export(tmp_path / str(i), model.state_dict(), saved.describe(CONFIG, model, 7))
+        files.add((tmp_path / str(i) / "model.safetensors").read_bytes())
+    assert len(files) == 1
 
 
 class TestRefuses:

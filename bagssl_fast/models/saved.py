@@ -46,8 +46,9 @@ class Saved:
 def export(run_dir: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Writes model.safetensors and config.json, all that is needed to use the model."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    # The step goes with the weights: the two files are renamed one after the other.
-    metadata = {"format": "pt", "step": str(description["step"])}
+    # The step goes with the weights: the two files are renamed one after the other. Nothing else
+    # does: safetensors writes several entries in any order, and equal weights are equal files.
+    metadata = {"step": str(description["step"])}
     write_atomic(run_dir / WEIGHTS, safetensors.torch.save(tensors, metadata=metadata))
     text = json.dumps(dict(description), indent=2) + "\n"
     write_atomic(run_dir / "config.json", text.encode())
