@@ -178,7 +178,7 @@ class Parser:
         boolean = self.types.get(name) is bool
         if left and not left[0].startswith("--") and (not boolean or left[0].lower() in BOOLEANS):
             return left.popleft()
-        if boolean or name in self.bare:
+        if boolean or name in self.bare or self._is_free(name):
             return str(self.bare.get(name, "true"))
         if name in self.types:
             raise ValueError(f"--{name} needs a value; expected {describe(self.types[name])}")
@@ -187,10 +187,15 @@ class Parser:
     def _spell(self, name: str, value: str) -> str:
         """A value as jsonargparse reads it: `1,4` as a list, `yes` as true."""
         kind = self.types.get(name)
-        numbers = kind is None and re.fullmatch(r"[-+.\de]+(,[-+.\de]+)+", value)  # of ...options
+        numbers = self._is_free(name) and re.fullmatch(r"[-+.\de]+(,[-+.\de]+)+", value)
         if (numbers or get_origin(kind) is tuple) and not value.startswith("["):
             return f"[{value}]"
         return BOOLEANS.get(value.lower(), value) if kind is bool else value
+
+    def _is_free(self, name: str) -> bool:
+        """Whether a name is an entry of a dictionary, such as `loss.options.eps`."""
+        parents = (option for option in self.types if name.startswith(f"{option}."))
+        return any(get_origin(self.types[parent]) is dict for parent in parents)
 
     def check_name(self, name: str, value: str = "") -> None:
         """Refuses what is no option.
@@ -198,8 +203,7 @@ class Parser:
         Raises:
             ValueError: With a guess at what was meant.
         """
-        parent = next((o for o in self.types if name.startswith(f"{o}.")), "")
-        if name in self.types or get_origin(self.types.get(parent)) is dict:
+        if name in self.types or self._is_free(name):
             return
         text = f"--{name} {value}".strip()
         members = [option for option in self.types if option.startswith(f"{name}.")]

@@ -305,6 +305,23 @@ class TestCommand:
             for r in json.loads((tmp_path / "results.json").read_text())["results"]
         ] == results
 
+    def test_a_signal_is_no_success(self, folder, tmp_path, monkeypatch, capsys):
+        """`bagssl analyze && next` must not continue with half an analysis."""
+        argv = ["--config", str(folder / "tiny.yaml"), "--data", str(folder / "train.npz")]
+        argv += ["--out", str(tmp_path), "--claims", "3", "--quick", "--threads", "1"]
+        add = Meter.add
+
+        def interrupt(self, *args):
+            signal.raise_signal(signal.SIGTERM)
+            return add(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Meter, "add", interrupt)
+            assert main(argv) == 128 + signal.SIGTERM
+        assert "the same command resumes it" in capsys.readouterr().err
+        assert not (tmp_path / "results.json").exists()
+        assert main(argv) == 0 and (tmp_path / "results.json").is_file()
+
     @pytest.mark.parametrize(
         ("flags", "words"),
         [

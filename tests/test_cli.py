@@ -163,6 +163,13 @@ class TestDialect:
         assert read("a b --fast yes").fast and not read("a b --fast FALSE").fast
         assert not read("a --fast no b").fast
 
+    def test_a_bare_option_of_a_part_is_true(self):
+        parsed = cli.parse(
+            ["--data", "x", "--head.options.normalize", "--loss.options.eps", "1e-3"]
+        )
+        assert parsed.head.options == {"normalize": True}
+        assert parsed.loss.options == {"eps": 1e-3}
+
     def test_a_bare_resume_is_auto(self):
         assert read("a b --resume").resume == "auto"
         assert read("a b --resume --fast").resume == "auto"
