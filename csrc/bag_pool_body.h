@@ -1,8 +1,8 @@
 // The loops of bag_pool.h over one bag, once per SIMD level: see simd_levels.h.
 //
 // A bag is passed over twice, and the second time it is in the cache: memory is read once in
-// forward, read once and written once in backward. Sums run in kSums lanes whatever the
-// level has, so that all of them give the same bits.
+// forward, read once and written once in backward. Sums run in kSums lanes whatever the level, so
+// that all of them give the same bits.
 
 constexpr int64_t kSums = 16;
 constexpr int64_t kBlock = 1024;  // values of one row passed over together: a page of float32

@@ -25,7 +25,6 @@ struct TileScratch {
 }  // namespace bagssl
 
 #define BAGSSL_BODY "patch_grid_body.h"
-#define BAGSSL_UP_TO_AVX2  // a line is two vectors there
 #include "simd_levels.h"
 
 namespace bagssl {

@@ -6,8 +6,8 @@
 // along the height by two real matrices, cosines for the sums and sines for the differences, at
 // distances from the center: positions at either side share them. Then the same along the width.
 
-constexpr int kVectors = 64 / kVectorBytes;  // in a line
-constexpr int kMostRows = 12 / kVectors;     // sums in registers
+constexpr int kVectors = 64 / kVectorBytes;                   // in a line
+constexpr int kMostRows = kVectors == 1 ? 6 : 12 / kVectors;  // sums in registers
 
 /// A line of memory in registers.
 template <typename T>

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #define BAGSSL_BODY "patch_rows_body.h"
+#define BAGSSL_UP_TO_AVX2  // vectors of 64 bytes took up to twice as long: lines are short
 #include "simd_levels.h"
 
 namespace bagssl {

@@ -26,7 +26,7 @@ BAGSSL_INLINE void store(T* to, Vector<T> x) {
 
 /// The first `count` values, the other lanes zero; at most the whole vector, at least nothing.
 template <typename T>
-BAGSSL_INLINE Vector<T> load_some(const T* from, int64_t count) {
+inline Vector<T> load_some(const T* from, int64_t count) {
   if (count >= static_cast<int64_t>(kVectorBytes / sizeof(T))) return load(from);
   Vector<T> x = {};
   if (count > 0) __builtin_memcpy(&x, from, sizeof(T) * static_cast<unsigned long>(count));
@@ -34,7 +34,7 @@ BAGSSL_INLINE Vector<T> load_some(const T* from, int64_t count) {
 }
 
 template <typename T>
-BAGSSL_INLINE void store_some(T* to, Vector<T> x, int64_t count) {
+inline void store_some(T* to, Vector<T> x, int64_t count) {
   if (count >= static_cast<int64_t>(kVectorBytes / sizeof(T))) return store(to, x);
   if (count > 0) __builtin_memcpy(to, &x, sizeof(T) * static_cast<unsigned long>(count));
 }

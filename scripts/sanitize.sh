@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the C++ under sanitizers and runs what uses it:
 #   the driver without Python under ThreadSanitizer, and under AddressSanitizer with leak detection;
-#   the tests of the data path with the extension under AddressSanitizer and UBSan.
+#   the tests of the C++ with the extension under AddressSanitizer and UBSan.
 # Usage: scripts/sanitize.sh [SHARD.tar]   (gcc; a tar of at least 32 images)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -48,6 +48,7 @@ LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace
   PYTHONSAFEPATH=1 PYTHONPATH="$package" PYTHONMALLOC=malloc \
   python -m pytest -q -p no:cacheprovider \
   tests/test_loader.py tests/test_bad_files.py tests/test_sources.py tests/test_decoding.py \
-  tests/test_pack.py tests/test_patch_views.py tests/test_view_params.py \
+  tests/test_pack.py tests/test_patch_views.py tests/test_view_params.py tests/test_device_views.py \
+  tests/test_simd.py tests/test_conv3x3.py tests/test_bag_pool.py tests/test_patch_embed.py \
   -k "not memory_is_flat and not command_line and not importing_without"
 echo "sanitize: good"
