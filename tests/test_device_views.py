@@ -14,7 +14,7 @@ from pictures import noise
 
 from bagssl_fast import _C
 from bagssl_fast.data import Batch, ImageBatch, open_source
-from bagssl_fast.data.feed import ahead
+from bagssl_fast.data.feed import prefetch
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +180,7 @@ def test_batches_travel_one_step_ahead(views, monkeypatch):
         expected = [batch.patches.clone() for batch in loader]
     with make(source, views=views, batch_size=8) as loader:
         got = []
-        for patches in ahead(loader, torch.device("cpu"), cuda):
+        for patches in prefetch(loader, torch.device("cpu"), cuda):
             cuda.log.append("works")
             got.append(patches.clone())
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from bagssl_fast import ops
 from bagssl_fast.augment import Augment
 from bagssl_fast.data import BagLoader, Output
-from bagssl_fast.data.feed import ahead
+from bagssl_fast.data.feed import prefetch
 
 pytestmark = pytest.mark.gpu
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
@@ -240,7 +240,7 @@ def test_bags_cut_on_the_device_are_those_of_the_loader(side):
     ):
         for _ in range(2):
             expected = [batch.patches.clone() for batch in host]
-            actual = [patches.clone() for patches in ahead(sent, device)]
+            actual = [patches.clone() for patches in prefetch(sent, device)]
             for a, e in zip(actual, expected, strict=True):
                 wrong = (a.cpu().int() - e.int()).abs()
                 assert wrong.max() <= 1 and (wrong > 0).double().mean() < 0.002

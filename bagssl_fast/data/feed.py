@@ -11,7 +11,7 @@ from torch import Tensor
 from bagssl_fast.data.batch import Batch, ImageBatch
 
 
-def ahead(
+def prefetch(
     batches: Iterable[Batch | ImageBatch], device: torch.device, cuda: Any = torch.cuda
 ) -> Iterator[Tensor]:
     """The patches of each batch [P, B, C, h, w] on the device, for the current stream.

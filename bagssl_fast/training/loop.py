@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bagssl_fast.data import Batch, ImageBatch
-from bagssl_fast.data.feed import ahead
+from bagssl_fast.data.feed import prefetch
 from bagssl_fast.distributed.ranks import StopSignals
 from bagssl_fast.exits import Stopped
 from bagssl_fast.training.cuda_graph import Computed, GraphedStep
@@ -98,7 +98,7 @@ def bags(run: Run) -> Iterator[Tensor]:
     """The patches of each remaining step [P, B, C, h, w], on the device."""
     device = run.ranks.device
     if device.type == "cuda":
-        yield from ahead(batches(run), device)
+        yield from prefetch(batches(run), device)
     else:
         for batch in batches(run):
             yield batch.patches

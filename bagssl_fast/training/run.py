@@ -136,7 +136,7 @@ def prepare(config: Config, me: Ranks) -> Run:
         write_atomic(run_dir / "config.yaml", cli.to_yaml(config).encode())
         text = json.dumps(machine.report(), indent=2) + "\n"
         write_atomic(run_dir / "env.json", text.encode())
-        introduce(run, found)
+        log_summary(run, found)
     return run
 
 
@@ -197,7 +197,7 @@ def distribute(model: BagModel, config: Config, me: Ranks) -> nn.Module:
     return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]
 
 
-def introduce(run: Run, found: Path | None) -> None:
+def log_summary(run: Run, found: Path | None) -> None:
     """The first lines of a run: what is trained on what, how, and where it goes."""
     config, device = run.config, run.ranks.device
     weights = sum(p.numel() for p in run.model.parameters())
