@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
     if run.loader.skipped:
         say(f"{len(run.loader.skipped)} broken images were replaced: {run.run_dir}/skipped.txt")
     if config.eval.enabled:
+        say("the run is complete, its evaluation follows (--eval.enabled false leaves it out)")
         evaluate_run(run.run_dir)
 
 

@@ -80,7 +80,9 @@ def bags(system: System, images: Images) -> Tensor:
     case = system.case
     trained: Any = system.model
     theirs = (trained.backbone if isinstance(trained, BagModel) else trained.encoder).state_dict()
-    backbone: Any = build_encoder(case.encoder, case.patch, case.width, hypercolumn=True)
+    backbone: Any = build_encoder(
+        case.encoder, case.patch, case.width, options={"hypercolumn": True}
+    )
     backbone.load_state_dict(dict(zip(backbone.state_dict(), theirs.values(), strict=True)))
     model: Any = BagModel(backbone, our_model(case).head, True, case.stride)
     model = fold_batch_norm(model).to(system.setup.device, memory_format=torch.channels_last)

@@ -131,7 +131,7 @@ def test_patchmlp_reads_uint8_images_at_positions() -> None:
 
 @pytest.mark.parametrize("name", ["patchnet", "patchmlp"])
 def test_build_encoder_ours(name: str) -> None:
-    net = build_encoder(name, patch_size=8, width=16, depth=2)
+    net = build_encoder(name, 8, 16, options={"depth": 2})
     assert net(images(3, 8, 8)).shape == (3, net.feature_dim)
     assert net.patch_size == 8
 
@@ -273,7 +273,7 @@ def test_hypercolumn_dense_equals_patch_by_patch(stride: int) -> None:
 def test_dense_maps_give_chosen_patches_and_their_mean(name: str, stride: int) -> None:
     """An evaluation's grid and its bag, without the embeddings of all other positions."""
     options = {"stem": 12, "feature_dim": 20, "hypercolumn": True} if name == "patchnet" else {}
-    net = shake(build_encoder(name, 16, width=8, **options)).eval()
+    net = shake(build_encoder(name, 16, width=8, options=options)).eval()
     x = images(2, 32, 32)
     positions = 16 // stride + 1
     picked = [0, positions // 2, positions - 1]

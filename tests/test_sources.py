@@ -98,7 +98,7 @@ def test_names_in_any_encoding(tmp_path, name):
         ("empty", ValueError, "no image files"),
         ("text.txt", ValueError, "not a data set of a known kind"),
         ("packed.tar.gz", ValueError, "unpack it first"),
-        ("empty:test", ValueError, "only demo, CIFAR and MNIST have splits"),
+        ("empty:test", ValueError, "only demo, CIFAR, MNIST and .npz files"),
     ],
 )
 def test_what_is_no_data_set_is_named(tmp_path, data, error, text):
@@ -410,6 +410,24 @@ def test_demo_splits_have_no_pixel_in_common():
     assert not places[0] & places[1]
 
 
+def test_npz_with_splits_as_medmnist_has_them(tmp_path):
+    path = tmp_path / "bloodmnist.npz"
+    train, test = np.zeros((5, 8, 8, 3), np.uint8), np.ones((2, 8, 8, 3), np.uint8)
+    np.savez(
+        path,
+        train_images=train,
+        train_labels=np.arange(5)[:, None],
+        test_images=test,
+        test_labels=np.array([[1], [0]]),
+    )
+    assert len(open_source(path)) == len(open_source(f"{path}:train")) == 5
+    held_out = open_source(f"{path}:test")
+    assert len(held_out) == 2 and held_out.labels.tolist() == [1, 0]
+    np.savez(tmp_path / "plain.npz", images=train)
+    with pytest.raises(ValueError, match="no array 'test_images'"):
+        open_source(f"{tmp_path / 'plain.npz'}:test")
+
+
 def test_demo_is_quick_and_always_the_same():
     begin = time.process_time()
     source = open_source("demo:train")
@@ -419,7 +437,7 @@ def test_demo_is_quick_and_always_the_same():
 
 def test_demo_without_scikit_image(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install "bagssl_fast\[demo\]"'):
+    with pytest.raises(ValueError, match="pip install scikit-image"):
         open_source("demo")
 
 

@@ -39,7 +39,7 @@ def check_packages() -> None:
     """
     missing = [name for module, name in PACKAGES.items() if not importlib.util.find_spec(module)]
     if missing:
-        raise ValueError(f"the report needs {', '.join(missing)}: pip install 'bagssl_fast[demo]'")
+        raise ValueError(f"the report needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 # --- Markdown -------------------------------------------------------------------------------------

@@ -54,17 +54,24 @@ def make_source(
     return Source(_C.ArraySource(images), NumberedNames(stem), labels, classes, mark)
 
 
-def open_numpy(path: Path) -> Source:
-    """`.npy` (mapped, not loaded) or `.npz` with `images` and optional `labels`."""
+def open_numpy(path: Path, split: str | None = None) -> Source:
+    """`.npy` (mapped, not loaded) or `.npz` with `images` and optional `labels`.
+
+    An `.npz` with splits, as MedMNIST's, has `train_images`, `train_labels`, `test_images`, ...;
+    `split` chooses one, "train" by default.
+    """
     try:
         if path.suffix == ".npy":
             return make_source(np.load(path, mmap_mode="r"), None, None, str(path))
         with np.load(path, allow_pickle=False) as arrays:
-            if "images" not in arrays:
-                raise ValueError(f"no array 'images', only {sorted(arrays)}")
-            labels = arrays.get("labels")
+            prefix = f"{split}_" if split else "" if "images" in arrays else "train_"
+            if f"{prefix}images" not in arrays:
+                name = f"{prefix}images" if split else "images"
+                raise ValueError(f"no array '{name}', only {sorted(arrays)}")
+            labels = arrays.get(f"{prefix}labels")
             classes = [str(name) for name in arrays.get("classes", ())] or None
-            return make_source(arrays["images"], labels, classes, str(path))
+            stem = f"{path}:{split}" if split else str(path)
+            return make_source(arrays[f"{prefix}images"], labels, classes, stem)
     except (ValueError, OSError, EOFError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None

@@ -47,7 +47,7 @@ def open_demo(split: str) -> Source:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: this version of scikit-image does not have the photograph: "
-                'pip install -U "bagssl_fast[demo]"'
+                "pip install -U scikit-image"
             )
         photograph = np.asarray(Image.open(path).convert("RGB"))
         tiles.append(_cut_tiles(photograph, count, number, is_test=split == "test"))
@@ -59,9 +59,9 @@ def open_demo(split: str) -> Source:
 def _photograph_folder() -> Path:
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            "the demo set needs scikit-image's photographs: "
-            'pip install "bagssl_fast[demo]", or use a data set of your own'
+        raise ValueError(
+            "the demo set needs scikit-image's photographs: pip install scikit-image, or use a "
+            "data set of your own with --data"
         )
     return Path(spec.submodule_search_locations[0]) / "data"
 

@@ -22,9 +22,9 @@ def open_source(data: Any, *, labels: Any = "auto", on_error: str = "raise") -> 
             no class); a tar, or a list, glob or folder of tars (class = folder of a member, or its
             `.cls` member as in WebDataset); `.npy` or `.npz` with uint8 `images` [N, H, W, 3 or 1]
             and optional `labels`; the folder of torchvision's CIFAR-10, CIFAR-100 or MNIST. For
-            "demo", CIFAR and MNIST a suffix `:train` (default) or `:test` chooses the split. Or a
-            uint8 array or tensor [N, H, W, 3 or 1], which is not copied. Or a `Source`, for example
-            of `Source.from_function`, which is returned.
+            "demo", CIFAR, MNIST and a `.npz` with `train_images` and `test_images` (MedMNIST's) a
+            suffix `:train` (default) or `:test` chooses the split. Or a uint8 array or
+            tensor [N, H, W, 3 or 1], which is not copied. Or a `Source`, which is returned.
         labels: "auto" for those that the data has, "none" to ignore them, or class indices [N] for
             an array in memory.
         on_error: "raise", or "skip": members beyond the damage of a broken tar and images without
@@ -69,15 +69,20 @@ def _open_path(path: str, split: str | None, labeled: bool, on_error: str) -> So
         torchvision = arrays.open_torchvision(where, split or "train")
         if torchvision is not None:
             return torchvision
+    if where.suffix == ".npz":
+        return arrays.open_numpy(where, split)
     if split is not None:
-        raise ValueError(f"{path}:{split}: only demo, CIFAR and MNIST have splits; give {path}")
+        raise ValueError(
+            f"{path}:{split}: only demo, CIFAR, MNIST and .npz files with train_images have "
+            f"splits; give {path}"
+        )
     if where.is_dir():
         shards = sorted(where.glob("*.tar"))
         if shards:
             return tars.open_tars(shards, on_error, labeled)
         check_one_set(path)
         return open_folder(where, on_error, labeled)
-    if where.suffix in (".npy", ".npz"):
+    if where.suffix == ".npy":
         return arrays.open_numpy(where)
     if where.name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip")):
         raise ValueError(f"{path}: a compressed archive has no random access; unpack it first")

@@ -78,7 +78,7 @@ def find_test_data(data: str) -> str | None:
     """The test set that a training set's name points to, if it is there.
 
     `x-train.tar` -> `x-test.tar` (also val), a folder `train` -> `test` or `val` beside it, and the
-    other split of the sets that have their own (demo, CIFAR, MNIST).
+    other split of the sets that have their own (demo, CIFAR, MNIST, MedMNIST's .npz).
     """
     if data.endswith(":train"):
         return data.removesuffix("train") + "test"
@@ -89,7 +89,7 @@ def find_test_data(data: str) -> str | None:
         name = path.name.replace("train", word)
         if name != path.name and path.with_name(name).exists():
             return str(path.with_name(name))
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".npz":
         try:
             open_source(f"{data}:test")
         except (ValueError, OSError):

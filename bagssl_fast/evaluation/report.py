@@ -58,7 +58,7 @@ def draw(result: dict[str, Any], path: Path) -> str:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        return "curve    none: matplotlib is not installed (pip install 'bagssl_fast[demo]')"
+        return "curve    none: matplotlib is not installed (pip install matplotlib)"
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     style = {"trained": ("tab:blue", 1.0), "random": ("tab:gray", 0.9)}
     for network, (color, alpha) in style.items():

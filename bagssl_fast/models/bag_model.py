@@ -159,7 +159,7 @@ def build_model(config: Config, pretrained: bool | None = None) -> BagModel:
             patch_size(config),
             encoder.width or None,
             encoder.pretrained if pretrained is None else pretrained,
-            **encoder.options,
+            encoder.options,
         )
     except TypeError as error:
         raise ValueError(f"--encoder.options {encoder.options}: {error}") from error

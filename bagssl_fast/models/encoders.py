@@ -5,6 +5,7 @@ so also encode every patch of a whole image in one pass; ResNets and timm models
 patches.
 """
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -67,7 +68,7 @@ def build_encoder(
     patch_size: int = 16,
     width: int | None = None,
     pretrained: bool = False,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Builds a backbone by name.
 
@@ -76,13 +77,15 @@ def build_encoder(
         patch_size: side of the patches it will encode, in pixels.
         width: base width of PatchNet and PatchMLP; their default if not given.
         pretrained: start from published weights (resnet50 and timm models; may download).
-        options: passed on to the constructor, such as PatchNet's `depth`.
+        options: keyword arguments of the constructor, such as PatchNet's `depth` or the
+            `patch_size` of a timm ViT's tokens.
 
     Raises:
         ValueError: for an unknown name, a missing package or settings that do not go together.
     """
     if patch_size < 1:
         raise ValueError(f"build_encoder: patch_size {patch_size} must be at least 1 pixel")
+    options = dict(options or {})
     if "in_chans" in options:
         raise ValueError(
             f"build_encoder: in_chans {options['in_chans']}: patches have 3 channels, those of "
@@ -161,6 +164,14 @@ def _timm_model(
         network = type(timm.create_model(name, num_classes=0))
         check_options(f"encoder {name}", options, network, hidden=("in_chans", "num_classes"))
         raise
+    except Exception as error:  # of whatever library downloads weights
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"build_encoder: no published weights of {name} ({str(error).splitlines()[0]}): run "
+            "once with a network connection, which keeps them in the cache, or set "
+            "pretrained=False"
+        ) from error
     with torch.no_grad():  # timm has several names for the size of a model's output
         feature_dim = net.eval()(torch.zeros(1, 3, patch_size, patch_size)).shape[-1]
     return ImageBackbone(net.train(), patch_size, feature_dim)
