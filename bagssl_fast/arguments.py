@@ -89,7 +89,7 @@ class Parser:
         config: Help of the option --config, which names a yaml file; empty for no such option.
         defaults: Whether options that are not given get the record's defaults; else they are absent
             from what is read, and `--help` shows none.
-        skip: Fields that are no options.
+        skip: Fields that are not options.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class Parser:
         return any(get_origin(self.types[parent]) is dict for parent in parents)
 
     def check_name(self, name: str, value: str = "") -> None:
-        """Refuses what is no option.
+        """Refuses what is not an option.
 
         Raises:
             ValueError: With a guess at what was meant.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Fields that are no part of a view: what cuts many views at once takes one value for all.
+# Not part of a view: whatever cuts many views at once takes one value for all of them.
 SHARED = ("size", "interpolation", "blur_kernel", "mean", "std")
 
 
@@ -34,8 +34,8 @@ class Augment:
         blur_kernel: Its width in pixels, odd; 0 chooses it from sigma and size.
         solarize_prob: Probability of inverting bright pixels.
         solarize_threshold: Pixels from this value on (0 to 255) are inverted.
-        mean: Mean per channel that is taken off, of pixels in 0..1.
-        std: Standard deviation per channel that is divided by.
+        mean: Mean per channel to subtract, for pixels in 0..1.
+        std: Standard deviation per channel to divide by.
     """
 
     size: int = 32

@@ -69,7 +69,7 @@ def load(path: str | os.PathLike[str]) -> Config:
 
 
 def check_keys(parser: Parser, path: Path) -> None:
-    """Refuses a yaml file with keys that are no options.
+    """Refuses a yaml file with keys that are not options.
 
     Raises:
         ValueError: Naming the file and the key, with a guess at what was meant.

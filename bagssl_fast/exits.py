@@ -68,7 +68,7 @@ def program(body: Callable[[Sequence[str]], None]) -> Main:
 
 @contextlib.contextmanager
 def errors_end(code: int, skip: str = "") -> Iterator[None]:
-    """Errors that a user can put right end the program with this code and one line.
+    """Errors that a user can fix end the program with this code and one line.
 
     Args:
         code: The exit code.

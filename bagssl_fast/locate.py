@@ -84,8 +84,8 @@ def check_tar(destination: Path) -> None:
         raise FileNotFoundError(f"{destination.parent}: there is no such folder; make it first")
 
 
-def check_run(folder: Path) -> None:
-    """Refuses what is neither a trained run directory nor a folder that `bagssl export` wrote.
+def check_described(folder: Path) -> None:
+    """Refuses what is neither a run directory nor a folder that `bagssl export` wrote.
 
     Raises:
         FileNotFoundError: Naming what is missing.
@@ -96,17 +96,29 @@ def check_run(folder: Path) -> None:
     )
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a directory{_near(str(folder))}: {give}")
-    recipe = folder / "config.yaml"
-    if not recipe.is_file() and not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.yaml", "config.json")):
         raise FileNotFoundError(
             f"{folder} is not a run directory, it holds neither config.yaml nor config.json: {give}"
         )
-    if not (folder / "model.safetensors").is_file():
-        resume = f"bagssl train --config {recipe} --run_dir {folder} --resume auto"
-        raise FileNotFoundError(
-            f"{folder} holds no model.safetensors: its training has not reached a checkpoint; "
-            f"resume it with {resume}"
+
+
+def check_run(folder: Path) -> None:
+    """As `check_described`, and refuses one without a trained model.
+
+    Raises:
+        FileNotFoundError: Naming what is missing.
+    """
+    check_described(folder)
+    if (folder / "model.safetensors").is_file():
+        return
+    recipe = folder / "config.yaml"
+    how = f"copy it from where {folder / 'config.json'} came from"
+    if recipe.is_file():
+        how = (
+            "its training has not reached a checkpoint; resume it with bagssl train --config "
+            f"{recipe} --run_dir {folder} --resume auto"
         )
+    raise FileNotFoundError(f"{folder} holds no model.safetensors: {how}")
 
 
 def check_run_dir(run_dir: Path, resume: str, overwrite: bool) -> None:
@@ -126,7 +138,7 @@ def check_run_dir(run_dir: Path, resume: str, overwrite: bool) -> None:
         )
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(
-            f"--overwrite true: {run_dir} holds files but no config.yaml, so it is no run "
+            f"--overwrite true: {run_dir} holds files but no config.yaml, so it is not a run "
             "directory; delete it yourself or name another"
         )
 

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as F
 
 from bagssl_fast import ops
 from bagssl_fast._extension import _C
-from bagssl_fast.augment import SHARED, Augment
+from bagssl_fast.augment import Augment
 from baselines.patch_views import torchvision_view
 from harness.ops import REFERENCE, Call, OpCase, main
 
@@ -51,12 +51,10 @@ SHAPES = {
 
 def drawn(shape: Shape) -> Tensor:
     """The parameters [P, B, 16] of all patches."""
-    fields = {name: value for name, value in vars(shape.augment).items() if name not in SHARED}
     sizes = np.tile(np.array(shape.image, dtype=np.int64), (shape.batch, 1))
     index = np.arange(shape.batch)
-    spec = _C.AugmentSpec(**fields)
     return torch.from_numpy(
-        _C.draw_views([spec], sizes, index, patches=shape.patches, seed=0, epoch=0)
+        _C.draw_views([shape.augment], sizes, index, patches=shape.patches, seed=0, epoch=0)
     )
 
 

@@ -276,7 +276,7 @@ class TestTrain:
             ("--loss.options.sim 3", "sim_coeff, std_coeff, cov_coeff"),
             ("--loss.options.std_coef 3", "did you mean std_coeff?"),
             ("--encoder.options.widht 3", "encoder patchnet has no option widht"),
-            ("--head.options.normalise 3", "did you mean normalize?); it has last_bias, normalize"),
+            ("--head.options.normalis 3", "did you mean normalize?); it has last_bias, normalize"),
             ("--head.name emp --head.options.x 3", "head emp has no option x"),
             ("--encoder.options.in_chans 1", "patches have 3 channels"),
             ("--encoder.name resnet18 --encoder.options.zero_init 1", "zero_init_residual"),
@@ -425,7 +425,7 @@ class TestData:
         assert open_source(tmp_path / "y.tar").classes == ["cat", "owl"]
         for kind in ([tmp_path / "y.tar"], np.zeros((2, 8, 8, 3), np.uint8), "demo"):
             assert open_source(kind, labels="none").labels is None
-        with pytest.raises(ValueError, match="'some' is unknown"):
+        with pytest.raises(ValueError, match="labels must be one of auto, none, got 'some'"):
             open_source(tmp_path / "two", labels="some")
 
     def test_a_mistyped_path_gets_a_guess(self, tmp_path, capsys):

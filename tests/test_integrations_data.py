@@ -113,7 +113,7 @@ def test_a_bad_image_of_a_data_set_is_named():
         BagDataset(source, 2, AUGMENT)[2]
 
 
-def test_patch_views_draw_anew_and_go_on_from_a_state(images):
+def test_patch_views_draw_new_views_and_resume_from_a_state(images):
     pixels = torch.from_numpy(np.load(images)["images"])[:4]
     views = PatchViews((AUGMENT, replace(AUGMENT, hflip=1.0)), 2)
     first, state = views(pixels), views.state_dict()

@@ -66,7 +66,7 @@ def test_an_exported_folder_can_be_evaluated(folder, tmp_path):
     """Any folder that BagEncoder reads, as far as it is told the data."""
     images = np.stack(pictures(*[(30, 30)] * 12))
     np.savez(tmp_path / "x.npz", images=images, labels=np.arange(12) % 2)
-    flags = ["--data", str(tmp_path / "x.npz"), "--patches", "1", "--no-random"]
+    flags = ["--data", str(tmp_path / "x.npz"), "--patches", "1", "--random", "false"]
     assert evaluate.main([str(folder), *flags]) == 0
     assert json.loads((folder / "eval.json").read_text())["step"] == 7
 

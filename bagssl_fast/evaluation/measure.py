@@ -67,7 +67,7 @@ def prepare(
     """Opens all that an evaluation needs; arguments as of `evaluate`.
 
     Raises:
-        ValueError, OSError: For what the user can put right; nothing is written by then.
+        ValueError, OSError: For what the user can fix; nothing has been written by then.
     """
     run_dir = Path(run_dir)
     has_config = config is None or (run_dir / "config.yaml").is_file()

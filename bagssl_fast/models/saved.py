@@ -13,7 +13,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bagssl_fast import cli
+from bagssl_fast import cli, locate
 from bagssl_fast.augment import Augment
 from bagssl_fast.config import BagConfig, Config, EncoderConfig, EvalConfig, HeadConfig, patch_size
 from bagssl_fast.files import write_atomic
@@ -21,10 +21,6 @@ from bagssl_fast.models.bag_model import BagModel, build_model
 
 FORMAT = 2  # of config.json; 1 did not say how bags are cut
 WEIGHTS = "model.safetensors"
-GIVE = (
-    "give the run directory that `python -m bagssl_fast.train` named in its first line, or a "
-    "folder that `python -m bagssl_fast.export` wrote"
-)
 
 
 @dataclass(frozen=True)
@@ -86,17 +82,9 @@ def load(folder: str | os.PathLike[str], config: Config | None = None) -> Saved:
         ValueError: If a file is damaged, of another version, or does not fit the others.
     """
     folder = Path(folder)
+    locate.check_run(folder)
     config = config or load_config(folder)
     path = folder / WEIGHTS
-    if not path.is_file():
-        how = f"copy it from where {folder / 'config.json'} came from"
-        if (folder / "config.yaml").is_file():
-            how = (
-                "its training has not reached a checkpoint; resume it with python -m "
-                f"bagssl_fast.train --config {folder / 'config.yaml'} --run_dir {folder} "
-                "--resume auto"
-            )
-        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}: {how}")
     try:
         with safe_open(path, "pt") as file:
             step = int((file.metadata() or {})["step"])
@@ -121,20 +109,9 @@ def load_config(folder: str | os.PathLike[str]) -> Config:
         ValueError: If config.yaml or config.json is damaged or of another version.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a directory: {GIVE}")
+    locate.check_described(folder)
     if (folder / "config.yaml").is_file():
-        try:
-            return cli.load(folder / "config.yaml")
-        except SystemExit:  # the parser has said what is wrong
-            raise ValueError(
-                f"{folder / 'config.yaml'} is not a valid configuration (see above): undo what was "
-                "changed in it"
-            ) from None
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a run directory, it holds neither config.yaml nor config.json: {GIVE}"
-        )
+        return cli.load(folder / "config.yaml")
     return _read_json(folder / "config.json")
 
 

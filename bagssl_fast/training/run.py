@@ -68,7 +68,7 @@ def prepare(config: Config, me: Ranks) -> Run:
     """Checks a configuration and makes all that its run needs, cheap and likely mistakes first.
 
     Raises:
-        ValueError, OSError: For what the user can put right; nothing is written by then.
+        ValueError, OSError: For what the user can fix; nothing has been written by then.
     """
     check(config)
     threads = config.threads or max(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bagssl_fast.data import BagLoader, Order, Output, Threads
-from bagssl_fast.data.feed import ahead
+from bagssl_fast.data.feed import prefetch
 from bagssl_fast.losses import build_loss
 from bagssl_fast.models.bag_model import BagModel
 from bagssl_fast.models.encoders import build_encoder
@@ -78,7 +78,7 @@ class Ours(System):
 
     def batches(self) -> Iterator[Tensor]:
         if self.setup.device == "cuda":
-            yield from ahead(self.loader, torch.device("cuda"))
+            yield from prefetch(self.loader, torch.device("cuda"))
         else:
             for batch in self.loader:
                 yield batch.patches
