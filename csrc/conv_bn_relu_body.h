@@ -1,0 +1,306 @@
+// The loops of conv_bn_relu_ops.h; see simd_levels.h. Matrices are multiplied in tiles that stay in
+// registers: a broadcast of one operand times vectors of the other's panels.
+
+#define BAGSSL_UNROLL _Pragma("GCC unroll 16")
+
+#if defined(BAGSSL_AVX512)
+constexpr int kTileRows = 12, kFewRows = 4, kTileColumns = 8;
+#elif defined(BAGSSL_AVX2)
+constexpr int kTileRows = 6, kFewRows = 2, kTileColumns = 6;
+#else
+constexpr int kTileRows = 4, kFewRows = 2, kTileColumns = 4;
+#endif
+constexpr int kVectors = 2;
+constexpr int kPanel = kVectors * kLanes;
+static_assert(kTileRows <= kMostTileRows && kLanes <= kMostLanes, "");
+
+BAGSSL_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+BAGSSL_INLINE Floats positive(Floats x) {
+  const Floats zero = {};
+  return x > zero ? x : zero;
+}
+
+// ------------------------------------------------------------------------------------ packing
+
+/// `count` floats, of which whole vectors are read (but not beyond `end`) and written.
+template <bool kDeferred>
+BAGSSL_INLINE void pack_run(const float* from, const float* end, int64_t count, const float* scale,
+                            const float* shift, float* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats x = load_some(from + i, end - from - i);
+    if (kDeferred) x = positive(multiply_add(x, load(scale + i), load(shift + i)));
+    store(to + i, x);
+  }
+}
+
+BAGSSL_INLINE void pack_zeros(int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += kLanes) store(to + i, Floats{});
+}
+
+template <bool kDeferred>
+BAGSSL_INLINE void pack_windows(const PixelRows& pixels, const ConvGeometry& s,
+                                const Reader& reader, const Packed& to) {
+  // Where nothing is computed and nothing is padded, a row of the window is one run.
+  const bool whole = !kDeferred && s.padding == 0;
+  const int64_t runs = whole ? 1 : s.kernel_width;
+  const int64_t length = whole ? s.kernel_width * s.channels : s.channels;
+  int64_t ox = pixels.first % s.out_width, above = pixels.first / s.out_width;
+  int64_t oy = above % s.out_height, image = above / s.out_height;
+  for (int64_t row = 0; row < pixels.rows; ++row) {
+    int64_t k = 0;
+    for (int64_t i = 0; i < s.kernel_height; ++i) {
+      const int64_t y = oy * s.stride - s.padding + i;
+      for (int64_t j = 0; j < runs; ++j) {
+        const int64_t x = ox * s.stride - s.padding + j;
+        const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
+        const float* from = pixels.x + ((image * s.height + y) * s.width + x) * s.channels;
+        for (int64_t c = 0; c < length;) {
+          const int64_t column = k % kBlock, count = at_most(length - c, kBlock - column);
+          float* out = to.data + k / kBlock * to.block + row * kRowStep + column;
+          if (inside) {
+            const float* scale = kDeferred ? reader.scale + c : nullptr;
+            const float* shift = kDeferred ? reader.shift + c : nullptr;
+            pack_run<kDeferred>(from + c, pixels.end, count, scale, shift, out);
+          } else {
+            pack_zeros(count, out);
+          }
+          c += count;
+          k += count;
+        }
+      }
+    }
+    if (++ox == s.out_width) {
+      ox = 0;
+      if (++oy == s.out_height) {
+        oy = 0;
+        ++image;
+      }
+    }
+  }
+}
+
+void pack_pixels(const PixelRows& pixels, const ConvGeometry& geometry, const Reader& reader,
+                 const Packed& to) {
+  if (reader.scale) return pack_windows<true>(pixels, geometry, reader, to);
+  pack_windows<false>(pixels, geometry, {}, to);
+}
+
+void pack_gradient(const GradientRows& rows, const Packed& to) {
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    for (int64_t c = 0; c < rows.channels; c += kLanes) {
+      const int64_t at = row * rows.channels + c;
+      Floats g = load_some(rows.g + at, rows.left - at);
+      if (rows.slope) {
+        const Floats y = load_some(rows.y + at, rows.left - at);
+        g += multiply_add(y, load(rows.slope + c), load(rows.offset + c));
+      }
+      store(to.data + c / kBlock * to.block + row * kRowStep + c % kBlock, g);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------- products
+
+/// out[r][j] = sum over k of a[r][k] b[k][j], kRows rows and one panel.
+template <int kRows>
+BAGSSL_INLINE void product(const float* a, int64_t block, const float* b, int64_t steps, float* out,
+                           int64_t out_step) {
+  Floats sums[kRows][kVectors] = {};
+  for (; steps > 0; steps -= kBlock, a += block) {
+    const int64_t count = at_most(steps, kBlock);
+    for (int64_t k = 0; k < count; ++k, b += kPanel) {
+      Floats panel[kVectors];
+      BAGSSL_UNROLL
+      for (int v = 0; v < kVectors; ++v) panel[v] = load(b + v * kLanes);
+      BAGSSL_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const Floats x = splat(a[r * kRowStep + k]);
+        BAGSSL_UNROLL
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(x, panel[v], sums[r][v]);
+      }
+    }
+  }
+  BAGSSL_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) store(out + r * out_step + v * kLanes, sums[r][v]);
+  }
+}
+
+/// The product of `rows` rows; rows up to kTileRows are written.
+BAGSSL_INLINE void product_of_rows(int64_t rows, const float* a, int64_t block, const float* b,
+                                   int64_t steps, float* out, int64_t out_step) {
+  if (rows > kFewRows) {
+    product<kTileRows>(a, block, b, steps, out, out_step);
+  } else {
+    product<kFewRows>(a, block, b, steps, out, out_step);
+  }
+}
+
+/// Joins the rows of a tile to the mean and centered squares of the `seen` rows before them, by
+/// Chan's rule (Chan, Golub, LeVeque 1979).
+BAGSSL_INLINE void add_moments(const float* y, int64_t step, int64_t rows, int64_t seen,
+                               float* mean, float* squares) {
+  Floats sum[kVectors] = {}, square[kVectors] = {}, center[kVectors];
+  for (int64_t r = 0; r < rows; ++r) {
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) sum[v] += load(y + r * step + v * kLanes);
+  }
+  const float count = static_cast<float>(rows), before = static_cast<float>(seen);
+  BAGSSL_UNROLL
+  for (int v = 0; v < kVectors; ++v) center[v] = sum[v] * splat(1.0f / count);
+  for (int64_t r = 0; r < rows; ++r) {
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats d = load(y + r * step + v * kLanes) - center[v];
+      square[v] = multiply_add(d, d, square[v]);
+    }
+  }
+  const float share = count / (before + count);
+  BAGSSL_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    const Floats old = load(mean + v * kLanes), d = center[v] - old;
+    store(mean + v * kLanes, multiply_add(d, splat(share), old));
+    const Floats between = multiply_add(d * d, splat(before * share), square[v]);
+    store(squares + v * kLanes, load(squares + v * kLanes) + between);
+  }
+}
+
+void forward(const ForwardChunk& c) {
+  for (int64_t first = 0; first < c.channels; first += kPanel) {
+    const float* panel = c.weight + first * c.steps;
+    const int64_t width = at_most(kPanel, c.channels - first);
+    for (int64_t row = 0; row < c.rows; row += kTileRows) {
+      alignas(64) float tile[kTileRows * kPanel];
+      const int64_t rows = at_most(kTileRows, c.rows - row);
+      const bool full = rows == kTileRows && width == kPanel;
+      float* y = c.y + row * c.channels + first;
+      float* out = full ? y : tile;
+      const int64_t step = full ? c.channels : kPanel;
+      product_of_rows(rows, c.a.data + row * kRowStep, c.a.block, panel, c.steps, out, step);
+      for (int64_t r = 0; !full && r < rows; ++r) {
+        for (int64_t j = 0; j < width; j += kLanes) {
+          store_some(y + r * c.channels + j, load(tile + r * kPanel + j), width - j);
+        }
+      }
+      if (c.mean) add_moments(out, step, rows, row, c.mean + first, c.squares + first);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------- backward
+
+void mask(const MaskChunk& m) {
+  for (int64_t c = 0; c < m.channels; c += kLanes) {
+    const int64_t left = m.channels - c;
+    if (!m.reader.scale) {
+      for (int64_t r = 0; r < m.rows; ++r) {
+        store_some(m.dx + r * m.step + c, load(m.g + r * m.g_step + c), left);
+      }
+      continue;
+    }
+    const Floats scale = load(m.reader.scale + c), shift = load(m.reader.shift + c);
+    const Floats center = load(m.reader.center + c), zero = {};
+    Floats dscale = load(m.dscale + c), dshift = load(m.dshift + c);
+    for (int64_t r = 0; r < m.rows; ++r) {
+      const Floats x = load_some(m.x + r * m.step + c, left);
+      Floats g = load(m.g + r * m.g_step + c);
+      g = multiply_add(x, scale, shift) > zero ? g : zero;
+      store_some(m.dx + r * m.step + c, g * scale, left);
+      dshift += g;
+      dscale = multiply_add(g, x - center, dscale);
+    }
+    store(m.dscale + c, dscale);
+    store(m.dshift + c, dshift);
+  }
+}
+
+void data_pointwise(const DataChunk& c, const MaskChunk& all) {
+  for (int64_t first = 0; first < c.columns; first += kPanel) {
+    for (int64_t row = 0; row < c.rows; row += kTileRows) {
+      alignas(64) float tile[kTileRows * kPanel];
+      const int64_t rows = at_most(kTileRows, c.rows - row);
+      product_of_rows(rows, c.dy.data + row * kRowStep, c.dy.block, c.weight + first * c.steps,
+                      c.steps, tile, kPanel);
+      MaskChunk part = all;
+      part.g = tile;
+      part.g_step = kPanel;
+      part.x += row * all.step + first;
+      part.dx += row * all.step + first;
+      part.rows = rows;
+      part.channels = at_most(kPanel, all.channels - first);
+      if (all.reader.scale) {
+        part.reader = {all.reader.scale + first, all.reader.shift + first,
+                       all.reader.center + first};
+        part.dscale += first;
+        part.dshift += first;
+      }
+      mask(part);
+    }
+  }
+}
+
+void data_scattered(const DataChunk& c, const Scatter& to) {
+  for (int64_t first = 0; first < c.columns; first += kPanel) {
+    const int64_t vectors = at_most(kPanel, c.columns - first) / kLanes;
+    for (int64_t row = 0; row < c.rows; row += kTileRows) {
+      alignas(64) float tile[kTileRows * kPanel];
+      const int64_t rows = at_most(kTileRows, c.rows - row);
+      product_of_rows(rows, c.dy.data + row * kRowStep, c.dy.block, c.weight + first * c.steps,
+                      c.steps, tile, kPanel);
+      for (int64_t v = 0; v < vectors; ++v) {
+        float* map = to.map + to.columns[first / kLanes + v];
+        for (int64_t r = 0; r < rows; ++r) {
+          float* out = map + to.rows[row + r];
+          store(out, load(out) + load(tile + r * kPanel + v * kLanes));
+        }
+      }
+    }
+  }
+}
+
+/// sums[i][j] += sum over rows of a[row][i] dy[row][j], kTileColumns columns and one panel.
+BAGSSL_INLINE void outer_product(const float* a, const float* dy, int64_t rows, float* out) {
+  Floats sums[kTileColumns][kVectors];
+  BAGSSL_UNROLL
+  for (int i = 0; i < kTileColumns; ++i) {
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = load(out + i * kPanel + v * kLanes);
+  }
+  for (int64_t row = 0; row < rows; ++row, a += kRowStep, dy += kRowStep) {
+    Floats panel[kVectors];
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) panel[v] = load(dy + v * kLanes);
+    BAGSSL_UNROLL
+    for (int i = 0; i < kTileColumns; ++i) {
+      const Floats x = splat(a[i]);
+      BAGSSL_UNROLL
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = multiply_add(x, panel[v], sums[i][v]);
+    }
+  }
+  BAGSSL_UNROLL
+  for (int i = 0; i < kTileColumns; ++i) {
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) store(out + i * kPanel + v * kLanes, sums[i][v]);
+  }
+}
+
+void weight(const Packed& a, const Packed& dy, int64_t rows, int64_t steps, int64_t channels,
+            float* dweight) {
+  for (int64_t first = 0; first < channels; first += kPanel) {
+    const float* panel = dy.data + first / kBlock * dy.block + first % kBlock;
+    for (int64_t block = 0; block < steps; block += kBlock) {
+      const float* columns = a.data + block / kBlock * a.block;
+      const int64_t count = at_most(kBlock, steps - block);
+      for (int64_t k = 0; k < count; k += kTileColumns, dweight += kTileColumns * kPanel) {
+        outer_product(columns + k, panel, rows, dweight);
+      }
+    }
+  }
+}
+
+constexpr ConvLoops kLoops = {kLanes,  kPanel,         kTileColumns,   pack_pixels, pack_gradient,
+                              forward, data_pointwise, data_scattered, mask,        weight};
+
+#undef BAGSSL_UNROLL
