@@ -123,11 +123,9 @@ void backward(const Floats& dy, const Floats& y, const Optional& mean, const Opt
   check_maps("y", y, s.n, s.out_height, s.out_width, s.out_channels);
   if (dx) check_maps("dx", *dx, s.n, s.height, s.width, s.channels);
   const KernelStrides strides = strides_of(weight);
-  if (dweight) {
-    const KernelStrides own = strides_of(*dweight);
-    if (dweight->ndim() != 4 || dweight->size() != weight.size() || own.out != strides.out ||
-        own.in != strides.in || own.row != strides.row || own.column != strides.column) {
-      throw std::invalid_argument("conv_bn_relu: dweight is not laid out as weight");
+  for (int i = 0; dweight && i < 4; ++i) {
+    if (dweight->ndim() != 4 || dweight->shape(i) != weight.shape(i)) {
+      refuse("dweight", *dweight, "as weight has it");
     }
   }
   const ConvGradient gradient{dy.data(), y.data(), values("mean", mean, s.out_channels),
@@ -139,7 +137,8 @@ void backward(const Floats& dy, const Floats& y, const Optional& mean, const Opt
   }
   const ConvResults results{
       dx ? dx->mutable_data() : nullptr, values_out("dscale", dscale, s.channels),
-      values_out("dshift", dshift, s.channels), dweight ? dweight->mutable_data() : nullptr};
+      values_out("dshift", dshift, s.channels), dweight ? dweight->mutable_data() : nullptr,
+      strides_of(dweight ? *dweight : weight)};
   if (results.dx && maps.scale && !(results.dscale && results.dshift)) {
     throw std::invalid_argument("conv_bn_relu: dx of a deferred x comes with dscale and dshift");
   }

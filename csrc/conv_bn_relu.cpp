@@ -317,13 +317,14 @@ class BackwardPass {
 
 /// dweight as the sum of what the groups found.
 void join_weights(const Backward& all, const float* groups_dweight, int64_t groups,
-                  const KernelStrides& strides, float* dweight, ThreadPool& pool) {
+                  const ConvResults& results, ThreadPool& pool) {
+  const KernelStrides& strides = results.dweight_strides;
   const ConvGeometry& s = all.s;
   const int64_t panel = all.loops.panel, panels = ceil_div(s.out_channels, panel);
   pool.parallel_for(panels * s.taps(), [&](int, int64_t item) {
     const int64_t tap = item % s.taps(), first = item / s.taps() * panel;
     const int64_t width = std::min(panel, s.out_channels - first);
-    float* out = dweight + first * strides.out + tap / s.kernel_width * strides.row +
+    float* out = results.dweight + first * strides.out + tap / s.kernel_width * strides.row +
                  tap % s.kernel_width * strides.column;
     for (int64_t c = 0; c < s.channels; ++c) {
       const int64_t row = all.weight_row(tap * s.channels + c);
@@ -375,7 +376,7 @@ void conv_backward(const ConvGradient& gradient, const DeferredMaps& x, const fl
                sums.data() + group * 2 * s.channels);
     }
   });
-  if (results.dweight) join_weights(all, dweights, groups, strides, results.dweight, pool);
+  if (results.dweight) join_weights(all, dweights, groups, results, pool);
   if (!results.dx || !x.scale) return;
   for (int64_t c = 0; c < s.channels; ++c) {
     double dscale = 0, dshift = 0;

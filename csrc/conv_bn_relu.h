@@ -51,7 +51,8 @@ struct ConvResults {
   float* dx;      ///< with respect to x.y, as it
   float* dscale;  ///< [channels], as dshift; both come with dx where x has a scale
   float* dshift;
-  float* dweight;  ///< laid out as weight
+  float* dweight;
+  KernelStrides dweight_strides;
 };
 
 void conv_backward(const ConvGradient& gradient, const DeferredMaps& x, const float* weight,

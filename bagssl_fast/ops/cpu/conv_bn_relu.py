@@ -11,10 +11,9 @@ All of batch normalization but the moments is plain torch on vectors [C], and so
 with respect to them: autograd adds up several readers, and a group's statistics, as it always does.
 
 Served are float32 tensors, any kernel, stride, padding and number of channels; maps that are not
-channels-last are copied. Other dtypes, and what runs under autocast, are the reference's. Statistics
-are joined by Chan's rule, in float32 within tiles of at most 12 rows and chunks of 72, in double
-beyond. Any number of threads gives the same bits. Derivatives of second order are the reference's
-alone.
+channels-last are copied. Other dtypes, and what runs under autocast, are the reference's.
+Statistics are joined by Chan's rule, in float32 within chunks of 72 rows, in double beyond. Any
+number of threads gives the same bits. Derivatives of second order are the reference's alone.
 """
 
 from typing import Any
@@ -46,12 +45,15 @@ def conv_moments(
     y, mean, var = _like_results(x, center, scale, shift, weight, stride, padding, moments)
     _C.conv_bn_relu(
         pixels(x),
-        *vectors(center, scale, shift),
+        vector(center),
+        vector(scale),
+        vector(shift),
         weight.detach().numpy(),
         stride,
         padding,
         pixels(y),
-        *(vectors(mean, var) if moments else (None, None)),
+        vector(mean) if moments else None,
+        vector(var) if moments else None,
         num_threads=torch.get_num_threads(),
     )
     return y, mean, var
@@ -103,14 +105,19 @@ def conv_moments_backward(
     _C.conv_bn_relu_backward(
         pixels(dy),
         pixels(y),
-        *(vectors(mean, dmean, dvar) if dmean is not None else (None, None, None)),
+        vector(mean) if dmean is not None else None,
+        vector(dmean),
+        vector(dvar),
         pixels(x),
-        *vectors(center, scale, shift),
+        vector(center),
+        vector(scale),
+        vector(shift),
         weight.detach().numpy(),
         stride,
         padding,
         pixels(dx) if of_x else None,
-        *(vectors(dscale, dshift) if of_x and scale is not None else (None, None)),
+        vector(dscale) if of_x and scale is not None else None,
+        vector(dshift) if of_x and scale is not None else None,
         dweight.numpy() if of_weight else None,
         num_threads=torch.get_num_threads(),
     )
@@ -148,9 +155,9 @@ def pixels(x: Tensor) -> Any:
     return x.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy()
 
 
-def vectors(*given: Tensor | None) -> list[Any]:
-    """Arrays over contiguous memory, None for None."""
-    return [None if x is None else x.detach().contiguous().numpy() for x in given]
+def vector(x: Tensor | None) -> Any:
+    """An array over contiguous memory (a copy of other memory), None for None."""
+    return None if x is None else x.detach().contiguous().numpy()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -161,20 +168,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dy: Maybe, dmean: Maybe, dvar: Maybe) -> tuple[Maybe, ...]:
     x, center, scale, shift, weight, y, mean = ctx.saved_tensors
-    of_weight = ctx.needs_input_grad[4]
-    of_x = any(ctx.needs_input_grad[:4])
-    dy = torch.zeros_like(y) if dy is None else dy
-    of_moments = (None, None)
-    if ctx.moments:
-        of_moments = (torch.zeros_like(mean) if d is None else d for d in (dmean, dvar))
+    of_x, of_weight = any(ctx.needs_input_grad[:4]), ctx.needs_input_grad[4]
+    if dy is None:
+        dy = torch.zeros_like(y)
+    if not ctx.moments:
+        dmean = dvar = None
+    else:
+        dmean = torch.zeros_like(mean) if dmean is None else dmean
+        dvar = torch.zeros_like(mean) if dvar is None else dvar
     dx, dscale, dshift, dweight = conv_moments_backward(
-        dy, y, mean, *of_moments, x, center, scale, shift, weight, ctx.stride, ctx.padding, of_x,
+        dy, y, mean, dmean, dvar, x, center, scale, shift, weight, ctx.stride, ctx.padding, of_x,
         of_weight,
-    )
-    of_affine = (None, None, None)
+    )  # fmt: skip
+    of_vectors: tuple[Maybe, ...] = (None, None, None)
     if of_x and scale is not None:
-        of_affine = (-scale * dshift, dscale, dshift)
-    return dx if of_x else None, *of_affine, dweight if of_weight else None, None, None, None
+        of_vectors = (-scale * dshift, dscale, dshift)
+    return dx if of_x else None, *of_vectors, dweight if of_weight else None, None, None, None
 
 
 conv_moments.register_autograd(_backward, setup_context=_setup_context)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bagssl_fast._extension import _C
-from bagssl_fast.ops.cpu.conv_bn_relu import pixels, vectors
+from bagssl_fast.ops.cpu.conv_bn_relu import pixels, vector
 from bagssl_fast.ops.deferred import Deferred
 from bagssl_fast.ops.reference.relu_mean import relu_mean as reference
 
@@ -21,8 +21,10 @@ def relu_mean_forward(y: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -
     means = y.new_empty(y.shape[:2])
     _C.relu_mean(
         pixels(y),
-        *vectors(center, scale, shift),
-        means.numpy(),
+        vector(center),
+        vector(scale),
+        vector(shift),
+        vector(means),
         num_threads=torch.get_num_threads(),
     )
     return means
@@ -40,11 +42,14 @@ def relu_mean_backward(
     """Gradients of y, scale and shift."""
     dy, dscale, dshift = _like_gradients(dmeans, y, center, scale, shift)
     _C.relu_mean_backward(
-        dmeans.detach().contiguous().numpy(),
+        vector(dmeans),
         pixels(y),
-        *vectors(center, scale, shift),
+        vector(center),
+        vector(scale),
+        vector(shift),
         pixels(dy),
-        *vectors(dscale, dshift),
+        vector(dscale),
+        vector(dshift),
         num_threads=torch.get_num_threads(),
     )
     return dy, dscale, dshift
