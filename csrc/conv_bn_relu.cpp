@@ -64,6 +64,11 @@ ConvGeometry as_pixels(ConvGeometry s) {
   return s;
 }
 
+/// About how many floats of x the first `rows` rows of outputs read.
+int64_t read_before(const ConvGeometry& s, int64_t rows) {
+  return s.height * s.width * s.channels * rows / (s.out_height * s.out_width);
+}
+
 /// Panels [steps][panel] of the weights: what a window is multiplied by.
 void pack_weight(const float* weight, const KernelStrides& strides, const ConvGeometry& s,
                  float* out, ThreadPool& pool) {
@@ -154,8 +159,13 @@ void conv_forward(const DeferredMaps& x, const float* weight, const KernelStride
       loops.pack_pixels({x.y, end, first, count}, s, reader.get(), a);
       std::fill_n(part_mean, columns, 0.0f);
       std::fill_n(squares, columns, 0.0f);
+      Ahead ahead;
+      if (chunk + 1 < last) {
+        ahead.add(x.y + read_before(s, first + count), read_before(s, count));
+        ahead.add(y + (first + count) * channels, count * channels);
+      }
       loops.forward({a, count, steps, panels, y + first * channels, channels,
-                     mean ? part_mean : nullptr, squares});
+                     mean ? part_mean : nullptr, squares, &ahead});
       if (mean) moments[group].add(part_mean, squares, static_cast<double>(count));
     }
   });
@@ -243,9 +253,11 @@ class BackwardPass {
            all.images() * all.map_floats() + 4 * kLine;
   }
 
-  /// Images [first, last); adds to the sums over pixels, [2][channels] if dx is wanted.
-  void run(int64_t first, int64_t last, double* sums) {
+  /// Images [first, last); adds to the sums over pixels, [2][channels] if dx is wanted. The images
+  /// up to `next_last` come next.
+  void run(int64_t first, int64_t last, int64_t next_last, double* sums) {
     const ConvGeometry& s = all_.s;
+    look_ahead(last, next_last);
     std::fill_n(sums_, 2 * all_.padded(), 0.0f);
     if (scattered()) std::fill_n(map_, (last - first) * all_.map_floats(), 0.0f);
     const int64_t end = last * all_.out_pixels();
@@ -261,6 +273,18 @@ class BackwardPass {
   }
 
  private:
+  void look_ahead(int64_t first, int64_t last) {
+    const int64_t outputs = all_.out_pixels() * all_.s.out_channels;
+    const int64_t inputs = all_.s.height * all_.s.width * all_.s.channels;
+    ahead_ = Ahead();
+    if (first >= last) return;
+    ahead_.add(all_.gradient.dy + first * outputs, (last - first) * outputs);
+    if (!all_.slope.empty())
+      ahead_.add(all_.gradient.y + first * outputs, (last - first) * outputs);
+    ahead_.add(all_.x.y + first * inputs, (last - first) * inputs);
+    if (all_.dx) ahead_.add(all_.dx + first * inputs, (last - first) * inputs);
+  }
+
   bool scattered() const { return all_.panels && !all_.s.pointwise(); }
 
   void run_rows(int64_t first, int64_t rows, int64_t first_image) {
@@ -274,10 +298,11 @@ class BackwardPass {
     if (all_.of_weight) {
       const float* x_end = all_.x.y + s.n * s.height * s.width * s.channels;
       all_.loops.pack_pixels({all_.x.y, x_end, first, rows}, s, all_.reader, a_);
-      all_.loops.weight(a_, dy_, rows, s.steps(), s.out_channels, dweight_);
+      all_.loops.weight(a_, dy_, rows, s.steps(), s.out_channels, dweight_, &ahead_);
     }
     if (!all_.panels) return;
-    const DataChunk chunk{dy_, rows, s.out_channels, all_.panels, s.taps() * all_.padded()};
+    const DataChunk chunk{dy_,    rows, s.out_channels, all_.panels, s.taps() * all_.padded(),
+                          &ahead_};
     if (!scattered()) {
       all_.loops.data_pointwise(chunk, mask_of(first * s.channels, rows, nullptr));
       return;
@@ -313,6 +338,7 @@ class BackwardPass {
   Packed a_, dy_;
   float *sums_, *map_, *dweight_;
   std::vector<int64_t> scatter_columns_, scatter_rows_;
+  Ahead ahead_;
 };
 
 /// dweight as the sum of what the groups found.
@@ -371,8 +397,9 @@ void conv_backward(const ConvGradient& gradient, const DeferredMaps& x, const fl
     std::fill_n(dweight, all.weight_floats(), 0.0f);
     BackwardPass pass(all, thread_memory.take(BackwardPass::floats(all)), dweight);
     const int64_t last = part_begin(group + 1, groups, blocks);
+    const auto begin = [&](int64_t block) { return std::min(s.n, block * all.images()); };
     for (int64_t block = part_begin(group, groups, blocks); block < last; ++block) {
-      pass.run(block * all.images(), std::min(s.n, (block + 1) * all.images()),
+      pass.run(begin(block), begin(block + 1), begin(std::min(block + 2, last)),
                sums.data() + group * 2 * s.channels);
     }
   });

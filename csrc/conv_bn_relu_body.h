@@ -27,10 +27,14 @@ BAGSSL_INLINE Floats positive(Floats x) {
 template <bool kDeferred>
 BAGSSL_INLINE void pack_run(const float* from, const float* end, int64_t count, const float* scale,
                             const float* shift, float* to) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Floats x = load_some(from + i, end - from - i);
+  const auto activation = [&](Floats x, int64_t i) {
     if (kDeferred) x = positive(multiply_add(x, load(scale + i), load(shift + i)));
     store(to + i, x);
+  };
+  if (end - from >= count + kLanes) {
+    for (int64_t i = 0; i < count; i += kLanes) activation(load(from + i), i);
+  } else {
+    for (int64_t i = 0; i < count; i += kLanes) activation(load_some(from + i, end - from - i), i);
   }
 }
 
@@ -86,31 +90,72 @@ void pack_pixels(const PixelRows& pixels, const ConvGeometry& geometry, const Re
   pack_windows<false>(pixels, geometry, {}, to);
 }
 
+/// One row's columns of one block; kEnd: the last row, behind which nothing is read.
+template <bool kEnd>
+BAGSSL_INLINE void pack_gradient_run(const GradientRows& rows, int64_t row, int64_t first,
+                                     int64_t count, float* to) {
+  const int64_t at = row * rows.channels + first;
+  const auto read = [&](const float* from, int64_t i) {
+    return kEnd ? load_some(from + at + i, rows.left - at - i) : load(from + at + i);
+  };
+  if (!rows.slope) {
+    for (int64_t i = 0; i < count; i += kLanes) store(to + i, read(rows.g, i));
+    return;
+  }
+  const float *slope = rows.slope + first, *offset = rows.offset + first;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats mean_part = multiply_add(read(rows.y, i), load(slope + i), load(offset + i));
+    store(to + i, read(rows.g, i) + mean_part);
+  }
+}
+
 void pack_gradient(const GradientRows& rows, const Packed& to) {
-  for (int64_t row = 0; row < rows.rows; ++row) {
-    for (int64_t c = 0; c < rows.channels; c += kLanes) {
-      const int64_t at = row * rows.channels + c;
-      Floats g = load_some(rows.g + at, rows.left - at);
-      if (rows.slope) {
-        const Floats y = load_some(rows.y + at, rows.left - at);
-        g += multiply_add(y, load(rows.slope + c), load(rows.offset + c));
+  for (int64_t first = 0; first < rows.channels; first += kBlock) {
+    const int64_t count = at_most(kBlock, rows.channels - first);
+    float* out = to.data + first / kBlock * to.block;
+    for (int64_t row = 0; row < rows.rows; ++row, out += kRowStep) {
+      if ((row + 1) * rows.channels + kLanes <= rows.left) {
+        pack_gradient_run<false>(rows, row, first, count, out);
+      } else {
+        pack_gradient_run<true>(rows, row, first, count, out);
       }
-      store(to.data + c / kBlock * to.block + row * kRowStep + c % kBlock, g);
     }
   }
 }
 
 // ----------------------------------------------------------------------------------- products
 
+/// The lines that a product of so many steps fetches, `step` bytes apart: none if step is 0.
+struct Lines {
+  const char* next;
+  int64_t step;
+};
+
+BAGSSL_INLINE Lines take(Ahead* ahead, int64_t steps, const void* anything) {
+  while (ahead->now < ahead->count && ahead->floats[ahead->now] <= 0) ++ahead->now;
+  if (ahead->now == ahead->count) return {static_cast<const char*>(anything), 0};
+  const float*& at = ahead->at[ahead->now];
+  const Lines lines = {reinterpret_cast<const char*>(at), 64};
+  at += 16 * steps;
+  ahead->floats[ahead->now] -= 16 * steps;
+  return lines;
+}
+
+BAGSSL_INLINE void fetch(Lines& lines) {
+  __builtin_prefetch(lines.next, 0, 2);
+  lines.next += lines.step;
+}
+
 /// out[r][j] = sum over k of a[r][k] b[k][j], kRows rows and one panel.
 template <int kRows>
 BAGSSL_INLINE void product(const float* a, int64_t block, const float* b, int64_t steps, float* out,
-                           int64_t out_step) {
+                           int64_t out_step, Lines lines) {
   Floats sums[kRows][kVectors] = {};
   for (; steps > 0; steps -= kBlock, a += block) {
     const int64_t count = at_most(steps, kBlock);
     for (int64_t k = 0; k < count; ++k, b += kPanel) {
       Floats panel[kVectors];
+      fetch(lines);
       BAGSSL_UNROLL
       for (int v = 0; v < kVectors; ++v) panel[v] = load(b + v * kLanes);
       BAGSSL_UNROLL
@@ -130,11 +175,12 @@ BAGSSL_INLINE void product(const float* a, int64_t block, const float* b, int64_
 
 /// The product of `rows` rows; rows up to kTileRows are written.
 BAGSSL_INLINE void product_of_rows(int64_t rows, const float* a, int64_t block, const float* b,
-                                   int64_t steps, float* out, int64_t out_step) {
+                                   int64_t steps, float* out, int64_t out_step, Ahead* ahead) {
+  const Lines lines = take(ahead, steps, b);
   if (rows > kFewRows) {
-    product<kTileRows>(a, block, b, steps, out, out_step);
+    product<kTileRows>(a, block, b, steps, out, out_step, lines);
   } else {
-    product<kFewRows>(a, block, b, steps, out, out_step);
+    product<kFewRows>(a, block, b, steps, out, out_step, lines);
   }
 }
 
@@ -178,7 +224,8 @@ void forward(const ForwardChunk& c) {
       float* y = c.y + row * c.channels + first;
       float* out = full ? y : tile;
       const int64_t step = full ? c.channels : kPanel;
-      product_of_rows(rows, c.a.data + row * kRowStep, c.a.block, panel, c.steps, out, step);
+      product_of_rows(rows, c.a.data + row * kRowStep, c.a.block, panel, c.steps, out, step,
+                      c.ahead);
       for (int64_t r = 0; !full && r < rows; ++r) {
         for (int64_t j = 0; j < width; j += kLanes) {
           store_some(y + r * c.channels + j, load(tile + r * kPanel + j), width - j);
@@ -191,29 +238,35 @@ void forward(const ForwardChunk& c) {
 
 // ----------------------------------------------------------------------------------- backward
 
-void mask(const MaskChunk& m) {
-  for (int64_t c = 0; c < m.channels; c += kLanes) {
-    const int64_t left = m.channels - c;
-    if (!m.reader.scale) {
-      for (int64_t r = 0; r < m.rows; ++r) {
-        store_some(m.dx + r * m.step + c, load(m.g + r * m.g_step + c), left);
-      }
-      continue;
-    }
-    const Floats scale = load(m.reader.scale + c), shift = load(m.reader.shift + c);
-    const Floats center = load(m.reader.center + c), zero = {};
-    Floats dscale = load(m.dscale + c), dshift = load(m.dshift + c);
-    for (int64_t r = 0; r < m.rows; ++r) {
-      const Floats x = load_some(m.x + r * m.step + c, left);
-      Floats g = load(m.g + r * m.g_step + c);
-      g = multiply_add(x, scale, shift) > zero ? g : zero;
-      store_some(m.dx + r * m.step + c, g * scale, left);
-      dshift += g;
-      dscale = multiply_add(g, x - center, dscale);
-    }
-    store(m.dscale + c, dscale);
-    store(m.dshift + c, dshift);
+/// One vector of channels of all rows, from channel c on; kWhole: all of them exist.
+template <bool kWhole>
+BAGSSL_INLINE void mask_channels(const MaskChunk& m, int64_t c) {
+  const int64_t left = kWhole ? kLanes : m.channels - c;
+  const float *g = m.g + c, *from = m.x + c;
+  float* to = m.dx + c;
+  if (!m.reader.scale) {
+    for (int64_t r = 0; r < m.rows; ++r) store_some(to + r * m.step, load(g + r * m.g_step), left);
+    return;
   }
+  const Floats scale = load(m.reader.scale + c), shift = load(m.reader.shift + c);
+  const Floats center = load(m.reader.center + c), zero = {};
+  Floats dscale = load(m.dscale + c), dshift = load(m.dshift + c);
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const Floats x = load_some(from + r * m.step, left);
+    const Floats all = load(g + r * m.g_step);
+    const Floats masked = multiply_add(x, scale, shift) > zero ? all : zero;
+    store_some(to + r * m.step, masked * scale, left);
+    dshift += masked;
+    dscale = multiply_add(masked, x - center, dscale);
+  }
+  store(m.dscale + c, dscale);
+  store(m.dshift + c, dshift);
+}
+
+void mask(const MaskChunk& m) {
+  int64_t c = 0;
+  for (; c + kLanes <= m.channels; c += kLanes) mask_channels<true>(m, c);
+  if (c < m.channels) mask_channels<false>(m, c);
 }
 
 void data_pointwise(const DataChunk& c, const MaskChunk& all) {
@@ -222,7 +275,7 @@ void data_pointwise(const DataChunk& c, const MaskChunk& all) {
       alignas(64) float tile[kTileRows * kPanel];
       const int64_t rows = at_most(kTileRows, c.rows - row);
       product_of_rows(rows, c.dy.data + row * kRowStep, c.dy.block, c.weight + first * c.steps,
-                      c.steps, tile, kPanel);
+                      c.steps, tile, kPanel, c.ahead);
       MaskChunk part = all;
       part.g = tile;
       part.g_step = kPanel;
@@ -248,7 +301,7 @@ void data_scattered(const DataChunk& c, const Scatter& to) {
       alignas(64) float tile[kTileRows * kPanel];
       const int64_t rows = at_most(kTileRows, c.rows - row);
       product_of_rows(rows, c.dy.data + row * kRowStep, c.dy.block, c.weight + first * c.steps,
-                      c.steps, tile, kPanel);
+                      c.steps, tile, kPanel, c.ahead);
       for (int64_t v = 0; v < vectors; ++v) {
         float* map = to.map + to.columns[first / kLanes + v];
         for (int64_t r = 0; r < rows; ++r) {
@@ -261,7 +314,8 @@ void data_scattered(const DataChunk& c, const Scatter& to) {
 }
 
 /// sums[i][j] += sum over rows of a[row][i] dy[row][j], kTileColumns columns and one panel.
-BAGSSL_INLINE void outer_product(const float* a, const float* dy, int64_t rows, float* out) {
+BAGSSL_INLINE void outer_product(const float* a, const float* dy, int64_t rows, float* out,
+                                 Lines lines) {
   Floats sums[kTileColumns][kVectors];
   BAGSSL_UNROLL
   for (int i = 0; i < kTileColumns; ++i) {
@@ -270,6 +324,7 @@ BAGSSL_INLINE void outer_product(const float* a, const float* dy, int64_t rows, 
   }
   for (int64_t row = 0; row < rows; ++row, a += kRowStep, dy += kRowStep) {
     Floats panel[kVectors];
+    fetch(lines);
     BAGSSL_UNROLL
     for (int v = 0; v < kVectors; ++v) panel[v] = load(dy + v * kLanes);
     BAGSSL_UNROLL
@@ -287,14 +342,14 @@ BAGSSL_INLINE void outer_product(const float* a, const float* dy, int64_t rows, 
 }
 
 void weight(const Packed& a, const Packed& dy, int64_t rows, int64_t steps, int64_t channels,
-            float* dweight) {
+            float* dweight, Ahead* ahead) {
   for (int64_t first = 0; first < channels; first += kPanel) {
     const float* panel = dy.data + first / kBlock * dy.block + first % kBlock;
     for (int64_t block = 0; block < steps; block += kBlock) {
       const float* columns = a.data + block / kBlock * a.block;
       const int64_t count = at_most(kBlock, steps - block);
       for (int64_t k = 0; k < count; k += kTileColumns, dweight += kTileColumns * kPanel) {
-        outer_product(columns + k, panel, rows, dweight);
+        outer_product(columns + k, panel, rows, dweight, take(ahead, rows, panel));
       }
     }
   }

@@ -20,6 +20,18 @@ struct Packed {
   int64_t block;
 };
 
+/// Memory that will be read or written next: a product fetches a line of it with each of its steps.
+struct Ahead {
+  const float* at[4];
+  int64_t floats[4];
+  int count = 0, now = 0;
+
+  void add(const float* from, int64_t length) {
+    at[count] = from;
+    floats[count++] = length;
+  }
+};
+
 /// Rows of outputs: numbers [first, first + rows) over all maps.
 struct PixelRows {
   const float* x;
@@ -34,6 +46,7 @@ struct ForwardChunk {
   float* y;             ///< of the first row
   int64_t channels;
   float *mean, *squares;  ///< of whole panels, zero at first; null: not wanted
+  Ahead* ahead;
 };
 
 /// dy = g + slope * y + offset; null slope: dy = g.
@@ -60,6 +73,7 @@ struct DataChunk {
   int64_t rows, steps;
   const float* weight;  ///< panels [steps][panel]
   int64_t columns;      ///< of all panels
+  Ahead* ahead;
 };
 
 /// Where the columns of a DataChunk are added to a map.
@@ -83,7 +97,7 @@ struct ConvLoops {
   void (*mask)(const MaskChunk& chunk);
   /// dweight, panels of [columns of a][panel], each block's columns padded to tile_columns.
   void (*weight)(const Packed& a, const Packed& dy, int64_t rows, int64_t steps, int64_t channels,
-                 float* dweight);
+                 float* dweight, Ahead* ahead);
 };
 
 }  // namespace bagssl
