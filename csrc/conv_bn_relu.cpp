@@ -64,6 +64,26 @@ ConvGeometry as_pixels(ConvGeometry s) {
   return s;
 }
 
+/// The runs of a window, each in one block of the packed row. Where nothing is computed and nothing
+/// padded, a row of the window is one.
+std::vector<Run> runs_of(const ConvGeometry& s, bool plain, int64_t block) {
+  const bool whole = plain && s.padding == 0;
+  const int64_t across = whole ? 1 : s.kernel_width;
+  const int64_t length = whole ? s.kernel_width * s.channels : s.channels;
+  std::vector<Run> runs;
+  int64_t k = 0;
+  for (int64_t i = 0; i < s.kernel_height; ++i) {
+    for (int64_t j = 0; j < across; ++j) {
+      for (int64_t c = 0, count; c < length; c += count, k += count) {
+        count = std::min(length - c, kBlock - k % kBlock);
+        const int64_t from = (i * s.width + j) * s.channels + c;
+        runs.push_back({from, k / kBlock * block + k % kBlock, count, c, i, j});
+      }
+    }
+  }
+  return runs;
+}
+
 /// About how many floats of x the first `rows` rows of outputs read.
 int64_t read_before(const ConvGeometry& s, int64_t rows) {
   return s.height * s.width * s.channels * rows / (s.out_height * s.out_width);
@@ -152,11 +172,13 @@ void conv_forward(const DeferredMaps& x, const float* weight, const KernelStride
   pool.parallel_for(groups, [&](int, int64_t group) {
     Pieces pieces(thread_memory.take(packed_floats(at_a_time, steps) + 3 * columns));
     const Packed a = pieces.packed(at_a_time, steps);
+    const std::vector<Run> runs = runs_of(s, !x.scale, a.block);
     float *part_mean = pieces.take(columns), *squares = pieces.take(columns);
     const int64_t last = part_begin(group + 1, groups, chunks);
     for (int64_t chunk = part_begin(group, groups, chunks); chunk < last; ++chunk) {
       const int64_t first = chunk * at_a_time, count = std::min(at_a_time, rows - first);
-      loops.pack_pixels({x.y, end, first, count}, s, reader.get(), a);
+      loops.pack_pixels({x.y, end, first, count, runs.data(), int64_t(runs.size())}, s,
+                        reader.get(), a);
       std::fill_n(part_mean, columns, 0.0f);
       std::fill_n(squares, columns, 0.0f);
       Ahead ahead;
@@ -236,6 +258,7 @@ class BackwardPass {
         scatter_rows_(all.rows_at_a_time()) {
     Pieces pieces(memory);
     a_ = pieces.packed(all.rows_at_a_time(), all.s.steps());
+    runs_ = runs_of(all.s, !all.x.scale, a_.block);
     dy_ = pieces.packed(all.rows_at_a_time(), all.s.out_channels);
     sums_ = pieces.take(2 * all.padded());
     map_ = pieces.take(scattered() ? all.images() * all.map_floats() : 0);
@@ -297,7 +320,8 @@ class BackwardPass {
                              dy_);
     if (all_.of_weight) {
       const float* x_end = all_.x.y + s.n * s.height * s.width * s.channels;
-      all_.loops.pack_pixels({all_.x.y, x_end, first, rows}, s, all_.reader, a_);
+      all_.loops.pack_pixels({all_.x.y, x_end, first, rows, runs_.data(), int64_t(runs_.size())}, s,
+                             all_.reader, a_);
       all_.loops.weight(a_, dy_, rows, s.steps(), s.out_channels, dweight_, &ahead_);
     }
     if (!all_.panels) return;
@@ -338,6 +362,7 @@ class BackwardPass {
   Packed a_, dy_;
   float *sums_, *map_, *dweight_;
   std::vector<int64_t> scatter_columns_, scatter_rows_;
+  std::vector<Run> runs_;
   Ahead ahead_;
 };
 

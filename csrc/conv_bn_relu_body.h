@@ -16,63 +16,65 @@ static_assert(kTileRows <= kMostTileRows && kLanes <= kMostLanes, "");
 
 BAGSSL_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/// max(x, 0), of NaN NaN.
 BAGSSL_INLINE Floats positive(Floats x) {
+#if defined(BAGSSL_AVX512)
+  return _mm512_max_ps(Floats{}, x);
+#elif defined(BAGSSL_AVX2)
+  return _mm256_max_ps(Floats{}, x);
+#else
   const Floats zero = {};
-  return x > zero ? x : zero;
+  return x < zero ? zero : x;
+#endif
 }
 
 // ------------------------------------------------------------------------------------ packing
 
-/// `count` floats, of which whole vectors are read (but not beyond `end`) and written.
-template <bool kDeferred>
+/// `count` floats, of which whole vectors are written and, unless kEnd, read.
+template <bool kDeferred, bool kEnd>
 BAGSSL_INLINE void pack_run(const float* from, const float* end, int64_t count, const float* scale,
                             const float* shift, float* to) {
-  const auto activation = [&](Floats x, int64_t i) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats x = kEnd ? load_some(from + i, end - from - i) : load(from + i);
     if (kDeferred) x = positive(multiply_add(x, load(scale + i), load(shift + i)));
     store(to + i, x);
-  };
-  if (end - from >= count + kLanes) {
-    for (int64_t i = 0; i < count; i += kLanes) activation(load(from + i), i);
-  } else {
-    for (int64_t i = 0; i < count; i += kLanes) activation(load_some(from + i, end - from - i), i);
   }
 }
 
-BAGSSL_INLINE void pack_zeros(int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += kLanes) store(to + i, Floats{});
+/// A window whose first pixel is (y, x) of a map and at `corner`, where a map has it.
+template <bool kDeferred, bool kEnd>
+BAGSSL_INLINE void pack_window(const PixelRows& pixels, const ConvGeometry& s, const Reader& reader,
+                               const float* corner, int64_t y, int64_t x, float* to) {
+  const bool inside =
+      y >= 0 && x >= 0 && y + s.kernel_height <= s.height && x + s.kernel_width <= s.width;
+  for (const Run* run = pixels.runs; run != pixels.runs + pixels.count; ++run) {
+    const int64_t down = y + run->down, across = x + run->across;
+    if (inside || (down >= 0 && down < s.height && across >= 0 && across < s.width)) {
+      const float* scale = kDeferred ? reader.scale + run->channel : nullptr;
+      const float* shift = kDeferred ? reader.shift + run->channel : nullptr;
+      pack_run<kDeferred, kEnd>(corner + run->from, pixels.end, run->count, scale, shift,
+                                to + run->to);
+    } else {
+      for (int64_t i = 0; i < run->count; i += kLanes) store(to + run->to + i, Floats{});
+    }
+  }
 }
 
 template <bool kDeferred>
 BAGSSL_INLINE void pack_windows(const PixelRows& pixels, const ConvGeometry& s,
                                 const Reader& reader, const Packed& to) {
-  // Where nothing is computed and nothing is padded, a row of the window is one run.
-  const bool whole = !kDeferred && s.padding == 0;
-  const int64_t runs = whole ? 1 : s.kernel_width;
-  const int64_t length = whole ? s.kernel_width * s.channels : s.channels;
+  const Run& last = pixels.runs[pixels.count - 1];
+  const int64_t reach = last.from + last.count + kLanes;
   int64_t ox = pixels.first % s.out_width, above = pixels.first / s.out_width;
   int64_t oy = above % s.out_height, image = above / s.out_height;
   for (int64_t row = 0; row < pixels.rows; ++row) {
-    int64_t k = 0;
-    for (int64_t i = 0; i < s.kernel_height; ++i) {
-      const int64_t y = oy * s.stride - s.padding + i;
-      for (int64_t j = 0; j < runs; ++j) {
-        const int64_t x = ox * s.stride - s.padding + j;
-        const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
-        const float* from = pixels.x + ((image * s.height + y) * s.width + x) * s.channels;
-        for (int64_t c = 0; c < length;) {
-          const int64_t column = k % kBlock, count = at_most(length - c, kBlock - column);
-          float* out = to.data + k / kBlock * to.block + row * kRowStep + column;
-          if (inside) {
-            const float* scale = kDeferred ? reader.scale + c : nullptr;
-            const float* shift = kDeferred ? reader.shift + c : nullptr;
-            pack_run<kDeferred>(from + c, pixels.end, count, scale, shift, out);
-          } else {
-            pack_zeros(count, out);
-          }
-          c += count;
-          k += count;
-        }
-      }
+    const int64_t y = oy * s.stride - s.padding, x = ox * s.stride - s.padding;
+    const float* corner = pixels.x + ((image * s.height + y) * s.width + x) * s.channels;
+    float* out = to.data + row * kRowStep;
+    if (pixels.end - corner >= reach) {
+      pack_window<kDeferred, false>(pixels, s, reader, corner, y, x, out);
+    } else {
+      pack_window<kDeferred, true>(pixels, s, reader, corner, y, x, out);
     }
     if (++ox == s.out_width) {
       ox = 0;

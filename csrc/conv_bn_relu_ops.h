@@ -32,11 +32,19 @@ struct Ahead {
   }
 };
 
-/// Rows of outputs: numbers [first, first + rows) over all maps.
+/// `count` neighboring floats of a window: `from` floats behind its corner, which is in channel
+/// `channel` of the pixel (down, across) of the window, and `to` floats into a packed row.
+struct Run {
+  int64_t from, to, count, channel, down, across;
+};
+
+/// Rows of outputs, numbers [first, first + rows) over all maps, each read as the same runs.
 struct PixelRows {
   const float* x;
   const float* end;  ///< of x: nothing is read from there on
   int64_t first, rows;
+  const Run* runs;
+  int64_t count;
 };
 
 struct ForwardChunk {

@@ -11,7 +11,7 @@ void means_of(const Part& p, float* means) {
       for (int64_t i = 0; i < p.pixels; ++i) {
         const Floats x = load_some(map + i * p.channels + c, left);
         const Floats a = multiply_add(x, scale, shift);
-        sum += a > zero ? a : zero;
+        sum += a < zero ? zero : a;  // of NaN NaN
       }
       store_some(means + c, sum * share, left);
     }

@@ -30,8 +30,7 @@ from bagssl_fast.ops.reference.conv_bn_relu import conv_bn_relu as reference
 Maybe = Tensor | None
 
 
-@torch.library.custom_op("bagssl::conv_moments_cpu", mutates_args=(), device_types="cpu")
-def conv_moments(
+def _forward(
     x: Tensor,
     center: Tensor | None,
     scale: Tensor | None,
@@ -59,6 +58,11 @@ def conv_moments(
     return y, mean, var
 
 
+conv_moments = torch.library.custom_op(
+    "bagssl::conv_moments_cpu", _forward, mutates_args=(), device_types="cpu"
+)
+
+
 @conv_moments.register_fake
 def _like_results(
     x: Tensor,
@@ -80,8 +84,7 @@ def _like_results(
     return y, x.new_empty(count), x.new_empty(count)
 
 
-@torch.library.custom_op("bagssl::conv_moments_cpu_backward", mutates_args=(), device_types="cpu")
-def conv_moments_backward(
+def _backward(
     dy: Tensor,
     y: Tensor,
     mean: Tensor,
@@ -124,6 +127,11 @@ def conv_moments_backward(
     return results
 
 
+conv_moments_backward = torch.library.custom_op(
+    "bagssl::conv_moments_cpu_backward", _backward, mutates_args=(), device_types="cpu"
+)
+
+
 @conv_moments_backward.register_fake
 def _like_gradients(
     dy: Tensor,
@@ -160,33 +168,34 @@ def vector(x: Tensor | None) -> Any:
     return None if x is None else x.detach().contiguous().numpy()
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, center, scale, shift, weight, ctx.stride, ctx.padding, ctx.moments = inputs
-    y, mean, _ = output
-    ctx.save_for_backward(x, center, scale, shift, weight, y, mean)
+class _ConvMoments(torch.autograd.Function):
+    """`conv_moments` and its gradients. A registered op costs as much again as a small block's
+    kernels before it runs, so only a graph that is compiled calls those."""
 
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        run = conv_moments if torch.compiler.is_compiling() else _forward
+        x, center, scale, shift, weight, ctx.stride, ctx.padding, ctx.moments = inputs
+        y, mean, var = run(*inputs)
+        ctx.save_for_backward(x, center, scale, shift, weight, y, mean)
+        return y, mean, var
 
-def _backward(ctx: Any, dy: Maybe, dmean: Maybe, dvar: Maybe) -> tuple[Maybe, ...]:
-    x, center, scale, shift, weight, y, mean = ctx.saved_tensors
-    of_x, of_weight = any(ctx.needs_input_grad[:4]), ctx.needs_input_grad[4]
-    if dy is None:
-        dy = torch.zeros_like(y)
-    if not ctx.moments:
-        dmean = dvar = None
-    else:
-        dmean = torch.zeros_like(mean) if dmean is None else dmean
-        dvar = torch.zeros_like(mean) if dvar is None else dvar
-    dx, dscale, dshift, dweight = conv_moments_backward(
-        dy, y, mean, dmean, dvar, x, center, scale, shift, weight, ctx.stride, ctx.padding, of_x,
-        of_weight,
-    )  # fmt: skip
-    of_vectors: tuple[Maybe, ...] = (None, None, None)
-    if of_x and scale is not None:
-        of_vectors = (-scale * dshift, dscale, dshift)
-    return dx if of_x else None, *of_vectors, dweight if of_weight else None, None, None, None
-
-
-conv_moments.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dmean: Maybe, dvar: Maybe) -> tuple[Maybe, ...]:
+        x, center, scale, shift, weight, y, mean = ctx.saved_tensors
+        of_x, of_weight = any(ctx.needs_input_grad[:4]), ctx.needs_input_grad[4]
+        if not ctx.moments:
+            dmean = dvar = None
+        run = conv_moments_backward if torch.compiler.is_compiling() else _backward
+        dx, dscale, dshift, dweight = run(
+            dy, y, mean, dmean, dvar, x, center, scale, shift, weight, ctx.stride, ctx.padding,
+            of_x, of_weight,
+        )  # fmt: skip
+        of_vectors: tuple[Maybe, ...] = (None, None, None)
+        if of_x and scale is not None:
+            of_vectors = (-scale * dshift, dscale, dshift)
+        of_x_and_vectors = (dx if of_x else None, *of_vectors)
+        return *of_x_and_vectors, dweight if of_weight else None, None, None, None
 
 
 def _served(*tensors: Tensor | None) -> bool:
@@ -232,7 +241,7 @@ def conv_bn_relu(
             x, weight, gamma, beta, running_mean, running_var, stride=stride, padding=padding,
             training=training, momentum=momentum, eps=eps, group=group,
         )  # fmt: skip
-    y, mean, var = conv_moments(*maps, weight, stride, padding, training)
+    y, mean, var = _ConvMoments.apply(*maps, weight, stride, padding, training)
     if training:
         mean, var, count = _over_ranks(mean, var, y.numel() // y.shape[1], group)
         if running_mean is not None and running_var is not None:

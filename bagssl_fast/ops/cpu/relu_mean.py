@@ -15,8 +15,7 @@ from bagssl_fast.ops.deferred import Deferred
 from bagssl_fast.ops.reference.relu_mean import relu_mean as reference
 
 
-@torch.library.custom_op("bagssl::relu_mean_cpu", mutates_args=(), device_types="cpu")
-def relu_mean_forward(y: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _forward(y: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Means [N, C] of the activation of y [N, C, H, W]."""
     means = y.new_empty(y.shape[:2])
     _C.relu_mean(
@@ -30,13 +29,17 @@ def relu_mean_forward(y: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -
     return means
 
 
+relu_mean_forward = torch.library.custom_op(
+    "bagssl::relu_mean_cpu", _forward, mutates_args=(), device_types="cpu"
+)
+
+
 @relu_mean_forward.register_fake
 def _(y: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return y.new_empty(y.shape[:2])
 
 
-@torch.library.custom_op("bagssl::relu_mean_cpu_backward", mutates_args=(), device_types="cpu")
-def relu_mean_backward(
+def _backward(
     dmeans: Tensor, y: Tensor, center: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y, scale and shift."""
@@ -55,6 +58,11 @@ def relu_mean_backward(
     return dy, dscale, dshift
 
 
+relu_mean_backward = torch.library.custom_op(
+    "bagssl::relu_mean_cpu_backward", _backward, mutates_args=(), device_types="cpu"
+)
+
+
 @relu_mean_backward.register_fake
 def _like_gradients(
     dmeans: Tensor, y: Tensor, center: Tensor, scale: Tensor, shift: Tensor
@@ -63,21 +71,23 @@ def _like_gradients(
     return dy, torch.empty_like(scale), torch.empty_like(shift)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+class _ReluMean(torch.autograd.Function):
+    """As `_ConvMoments`: registered ops where a graph is compiled, plain calls otherwise."""
 
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return (relu_mean_forward if torch.compiler.is_compiling() else _forward)(*inputs)
 
-def _backward(ctx: Any, dmeans: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scale = ctx.saved_tensors[2]
-    dy, dscale, dshift = relu_mean_backward(dmeans, *ctx.saved_tensors)
-    return dy, -scale * dshift, dscale, dshift
-
-
-relu_mean_forward.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, dmeans: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        run = relu_mean_backward if torch.compiler.is_compiling() else _backward
+        dy, dscale, dshift = run(dmeans, *ctx.saved_tensors)
+        return dy, -ctx.saved_tensors[2] * dshift, dscale, dshift
 
 
 def relu_mean(x: Tensor | Deferred) -> Tensor:
     """[N, C] of `x` [N, C, H, W]; see `ops.relu_mean`."""
     if isinstance(x, Tensor) or any(v.dtype != torch.float32 for v in x):
         return reference(x)
-    return relu_mean_forward(*x)
+    return _ReluMean.apply(*x)
