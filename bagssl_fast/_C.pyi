@@ -86,6 +86,57 @@ class Loader:
     @property
     def skipped(self) -> list[tuple[int, str]]: ...
 
+def conv_bn_relu(
+    x: NDArray[np.float32],
+    center: NDArray[np.float32] | None,
+    scale: NDArray[np.float32] | None,
+    shift: NDArray[np.float32] | None,
+    weight: NDArray[np.float32],
+    stride: int,
+    padding: int,
+    y: NDArray[np.float32],
+    mean: NDArray[np.float32] | None,
+    var: NDArray[np.float32] | None,
+    num_threads: int,
+) -> None: ...
+def conv_bn_relu_backward(
+    dy: NDArray[np.float32],
+    y: NDArray[np.float32],
+    mean: NDArray[np.float32] | None,
+    dmean: NDArray[np.float32] | None,
+    dvar: NDArray[np.float32] | None,
+    x: NDArray[np.float32],
+    center: NDArray[np.float32] | None,
+    scale: NDArray[np.float32] | None,
+    shift: NDArray[np.float32] | None,
+    weight: NDArray[np.float32],
+    stride: int,
+    padding: int,
+    dx: NDArray[np.float32] | None,
+    dscale: NDArray[np.float32] | None,
+    dshift: NDArray[np.float32] | None,
+    dweight: NDArray[np.float32] | None,
+    num_threads: int,
+) -> None: ...
+def relu_mean(
+    x: NDArray[np.float32],
+    center: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    means: NDArray[np.float32],
+    num_threads: int,
+) -> None: ...
+def relu_mean_backward(
+    dmeans: NDArray[np.float32],
+    x: NDArray[np.float32],
+    center: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    dx: NDArray[np.float32],
+    dscale: NDArray[np.float32],
+    dshift: NDArray[np.float32],
+    num_threads: int,
+) -> None: ...
 def auto_blur_kernel(height: int, width: int) -> int: ...
 def conv3x3(
     x: NDArray[np.float32], weight: NDArray[np.float32], y: NDArray[np.float32], num_threads: int

@@ -4,6 +4,7 @@
 #include "simd.h"
 
 namespace bagssl {
+void register_blocks(pybind11::module_& m);   // bindings_blocks.cpp
 void register_conv(pybind11::module_& m);     // bindings_conv.cpp
 void register_loader(pybind11::module_& m);   // bindings_loader.cpp
 void register_ops(pybind11::module_& m);      // bindings_ops.cpp
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd_level", &bagssl::simd_level_name, "The level in force.");
   m.def("force_simd_level", &bagssl::force_simd_level, pybind11::arg("name"),
         "Puts a level in force for the whole process, for tests; None: what it began with.");
+  bagssl::register_blocks(m);
   bagssl::register_conv(m);
   bagssl::register_sources(m);  // before the loader, whose signature names a source
   bagssl::register_loader(m);

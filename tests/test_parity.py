@@ -102,6 +102,24 @@ def maps(label: str, *shape: int, channels_last: bool = True) -> Case:
     return Case(label, tensors, {}, halves=False)
 
 
+def convolutions(label: str, *shape: int, kernel: int, **options: Any) -> Case:
+    def tensors() -> dict[str, Tensor]:
+        return {
+            "x": normal(*shape, mean=0.2),
+            "weight": normal(5, shape[1], kernel, kernel) / (kernel**2 * shape[1]) ** 0.5,
+            "gamma": normal(5, scale=0.2, mean=1.0),
+            "beta": normal(5),
+            "running_mean": torch.zeros(5),
+            "running_var": torch.ones(5),
+        }
+
+    return Case(label, tensors, options, halves=False)  # torch's way: y is rounded to them
+
+
+def activations(label: str, *shape: int) -> Case:
+    return Case(label, lambda: {"x": normal(*shape)}, {})
+
+
 BAGS = [(2, 2, 1), (2, 17, 13), (3, 13, 17), (4, 16, 16), (5, 31, 33), (7, 33, 31), (8, 3, 67)]
 CASES: dict[str, list[Case]] = {
     "patch_embed": [
@@ -120,6 +138,13 @@ CASES: dict[str, list[Case]] = {
         maps("few channels", 2, 3, 8, 9, 7),
         maps("contiguous", 2, 32, 40, 16, 18, channels_last=False),
     ],
+    "conv_bn_relu": [
+        convolutions("training", 4, 3, 7, 6, kernel=3, training=True),
+        convolutions("strided", 5, 3, 9, 8, kernel=4, training=True, stride=2, padding=1),
+        convolutions("pointwise", 3, 7, 4, 4, kernel=1, training=True),
+        convolutions("eval", 4, 3, 7, 6, kernel=3, training=False),
+    ],
+    "relu_mean": [activations("maps", 4, 3, 5, 6), activations("pixels", 3, 7, 1, 1)],
     "linear_bn_relu": [
         blocks("three rows", 3, 3, training=True),
         blocks("training", 4, 11, 7, training=True),
@@ -175,6 +200,7 @@ def run(
         tensors[name] = x.to(device)
     before = {name: x.detach().clone() for name, x in tensors.items()}
     out = getattr(ops, op)(**tensors, **case.options, impl=impl)
+    out = ops.applied(out) if isinstance(out, ops.Deferred) else out
     outs = {
         f"result {i}": x
         for i, x in enumerate([out] if isinstance(out, Tensor) else out)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bagssl_fast import ops
 from bagssl_fast.models.backbone import Window, WindowMaps
+from bagssl_fast.models.fused import FusedSequential, conv_bn_relu, is_block
 from bagssl_fast.models.heads import LinearBNReLU
 
 
@@ -88,7 +89,7 @@ class PatchNet(nn.Module):
                 channels = width << stage
                 below[len(layers) - 1] = channels, side
         layers += _conv_bn_relu(channels, self.head_dim, 1)
-        self.layers = nn.Sequential(*layers)
+        self.layers = FusedSequential(*layers)
         self.stride = 2 ** len(kernels)  # pixels between neighbors on the last map
         self.pool = side  # side of the patch's last map
         # The layers whose means join the top's, with the side of a patch's map there.
@@ -98,12 +99,11 @@ class PatchNet(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """patches `[N, C, h, w]` -> embeddings `[N, F]`; h and w must equal `patch_size`."""
         _check_patches(self, patches)
-        x, means = patches, []
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
+        means = []
+        for i, x in self.layers.outputs(patches):
             if i in self.taps:
-                means.append(x.detach().mean((2, 3)))
-        return torch.cat([*means, x.mean((2, 3))], 1)
+                means.append(ops.relu_mean(x.detach()))
+        return torch.cat([*means, ops.relu_mean(x)], 1)
 
     def dense(self, images: Tensor, stride: int | None = None) -> Tensor:
         """Embeddings of all patches of whole images on a grid of the given stride.
@@ -126,21 +126,25 @@ class PatchNet(nn.Module):
         stride = self.stride if stride is None else stride
         _check_dense(self, images, stride)
         step = 1  # the map's spacing in pixels were it strided as in `forward`
-        x, maps, windows = images, [], []
-        for i, layer in enumerate(self.layers):
-            if not isinstance(layer, nn.Conv2d):
-                x = layer(x)
+        x: Tensor | ops.Deferred = images
+        maps, windows = [], []
+        for i in range(0, len(self.layers), 3):
+            conv, norm, relu = self.layers[i], self.layers[i + 1], self.layers[i + 2]
+            assert isinstance(conv, nn.Conv2d)
+            have, want = math.gcd(step, stride), math.gcd(step * conv.stride[0], stride)
+            if step == have and is_block(conv, norm, relu):
+                x = conv_bn_relu(x, conv, norm, want // have)
             else:
-                have, want = math.gcd(step, stride), math.gcd(step * layer.stride[0], stride)
-                x = F.conv2d(x, layer.weight, layer.bias, want // have, 0, step // have)
-                step *= layer.stride[0]
-            if i in self.taps:
-                have = math.gcd(step, stride)
-                maps.append(x.detach().permute(0, 2, 3, 1))
-                windows.append(Window(self.taps[i], stride // have, step // have))
-        have = math.gcd(step, stride)
+                x = ops.applied(x)
+                x = F.conv2d(x, conv.weight, conv.bias, want // have, 0, step // have)
+                x = relu(norm(x))
+            step *= conv.stride[0]
+            have = math.gcd(step, stride)
+            if i + 2 in self.taps:
+                maps.append(ops.applied(x.detach()).permute(0, 2, 3, 1))
+                windows.append(Window(self.taps[i + 2], stride // have, step // have))
         windows.append(Window(self.pool, stride // have, step // have))
-        return WindowMaps([*maps, x.permute(0, 2, 3, 1)], windows)
+        return WindowMaps([*maps, ops.applied(x).permute(0, 2, 3, 1)], windows)
 
 
 class PatchMLP(nn.Module):

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from bagssl_fast.distributed.collectives import all_reduce_mean, all_reduce_sum, gather
+from bagssl_fast.ops.deferred import Deferred as Deferred
+from bagssl_fast.ops.deferred import applied as applied
 from bagssl_fast.ops.reference.vicreg import CONVENTIONS
 
 DISPATCH: dict[str, tuple[str, str | None, str | None]] = {
@@ -26,6 +28,8 @@ DISPATCH: dict[str, tuple[str, str | None, str | None]] = {
     "patch_views": ("reference", "cpu", "kernels"),
     "patch_embed": ("reference", "cpu", "kernels"),
     "conv3x3": ("reference", "cpu", None),  # cuda: cuDNN, as the reference
+    "conv_bn_relu": ("reference", "cpu", None),
+    "relu_mean": ("reference", "cpu", None),
     "linear_bn_relu": ("reference", "cpu", "kernels"),
     "vicreg": ("reference", "cpu", "kernels"),
     "tcr": ("reference", "cpu", "kernels"),
@@ -201,6 +205,121 @@ def conv3x3(x: Tensor, weight: Tensor, *, impl: str | None = None) -> Tensor:
             f"{list(x.shape)}"
         )
     return cast(Tensor, _implementation(op, impl, x)(x, weight))
+
+
+def conv_bn_relu(
+    x: Tensor | Deferred,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    group: ProcessGroup | None = None,
+    impl: str | None = None,
+) -> Tensor | Deferred:
+    """`relu(batch_norm(conv2d(x, weight)))`, a block of a convolutional network.
+
+    On a CPU the normalized activation is never written: what is returned there is `Deferred`, which
+    the next block and `relu_mean` take as it is, and `applied` turns into the activation itself.
+
+    Args:
+        x: [N, C, H, W] or an activation that a block returned.
+        weight: [M, C, h, w]. gamma, beta: [M].
+        running_mean, running_var: [M], moved in place when training; may be None when training.
+        stride, padding: of the convolution, along both dimensions.
+        training: normalize by the batch's statistics rather than the running ones.
+        momentum: weight of the new value in the running statistics.
+        eps: added to the variance.
+        group: ranks over which statistics are taken; all of them must call, with equal shapes.
+        impl: "reference", "cpu" or "cuda"; by default what `table()` shows for the device.
+
+    Returns:
+        The activation of [N, M, H', W'], written or not.
+
+    Raises:
+        ValueError: wrong rank, shape, dtype or device; a kernel larger than the padded map; one
+            value per channel where statistics are needed.
+    """
+    op = "conv_bn_relu"
+    maps = x.y if isinstance(x, Deferred) else x
+    _check(op, "x", maps, _FLOATS, 4, "[N, C, H, W]")
+    _check(op, "weight", weight, _FLOATS, 4, "[M, C, h, w]")
+    vectors = {
+        "gamma": gamma,
+        "beta": beta,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+    _check_same_device(op, x=maps, weight=weight, **vectors)
+    channels, kernel = weight.shape[0], weight.shape[2:]
+    if weight.shape[1] != maps.shape[1]:
+        raise ValueError(
+            f"{op}: weight is {list(weight.shape)}, expected [M, {maps.shape[1]}, h, w] for x "
+            f"{list(maps.shape)}"
+        )
+    for name, tensor in vectors.items():
+        if tensor is not None and tuple(tensor.shape) != (channels,):
+            raise ValueError(f"{op}: {name} is {list(tensor.shape)}, expected [{channels}]")
+    if stride < 1 or padding < 0:
+        raise ValueError(f"{op}: stride {stride} must be at least 1, padding {padding} at least 0")
+    sides = [
+        (side + 2 * padding - k) // stride + 1
+        for side, k in zip(maps.shape[2:], kernel, strict=True)
+    ]
+    if min(sides) < 1 or min(kernel) < 1:
+        raise ValueError(
+            f"{op}: a kernel of {kernel[0]}x{kernel[1]} does not fit into maps of "
+            f"{maps.shape[2]}x{maps.shape[3]} padded by {padding}; use larger maps"
+        )
+    count = maps.shape[0] * sides[0] * sides[1]
+    if training and count < 2 and group is None:
+        raise ValueError(
+            f"{op}: {count} values per channel in training, batch statistics need at least 2"
+        )
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError(f"{op}: evaluation needs running_mean and running_var, one is None")
+    run = _implementation(op, impl, maps)
+    return run(
+        x,
+        weight,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        stride=stride,
+        padding=padding,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        group=group,
+    )
+
+
+def relu_mean(x: Tensor | Deferred, *, impl: str | None = None) -> Tensor:
+    """The mean of an activation over its map, without writing one that is `Deferred`.
+
+    Args:
+        x: [N, C, H, W] or an activation that `conv_bn_relu` returned.
+        impl: "reference", "cpu" or "cuda"; by default what `table()` shows for the device.
+
+    Returns:
+        [N, C].
+
+    Raises:
+        ValueError: wrong rank, dtype or device, a map without pixels.
+    """
+    op = "relu_mean"
+    maps = x.y if isinstance(x, Deferred) else x
+    _check(op, "x", maps, _FLOATS, 4, "[N, C, H, W]")
+    if maps.shape[2] * maps.shape[3] == 0:
+        raise ValueError(f"{op}: x is {list(maps.shape)}, expected at least one pixel")
+    return cast(Tensor, _implementation(op, impl, maps)(x))
 
 
 def linear_bn_relu(

@@ -1,0 +1,363 @@
+// The loops of conv_bn_relu_ops.h; see simd_levels.h. Matrices are multiplied in tiles that stay in
+// registers: a broadcast of one operand times vectors of the other's panels.
+
+#define BAGSSL_UNROLL _Pragma("GCC unroll 16")
+
+#if defined(BAGSSL_AVX512)
+constexpr int kTileRows = 12, kFewRows = 4, kTileColumns = 8;
+#elif defined(BAGSSL_AVX2)
+constexpr int kTileRows = 6, kFewRows = 2, kTileColumns = 6;
+#else
+constexpr int kTileRows = 4, kFewRows = 2, kTileColumns = 4;
+#endif
+constexpr int kVectors = 2;
+constexpr int kPanel = kVectors * kLanes;
+static_assert(kTileRows <= kMostTileRows && kLanes <= kMostLanes, "");
+
+BAGSSL_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/// max(x, 0), of NaN NaN.
+BAGSSL_INLINE Floats positive(Floats x) {
+#if defined(BAGSSL_AVX512)
+  return _mm512_max_ps(Floats{}, x);
+#elif defined(BAGSSL_AVX2)
+  return _mm256_max_ps(Floats{}, x);
+#else
+  const Floats zero = {};
+  return x < zero ? zero : x;
+#endif
+}
+
+// ------------------------------------------------------------------------------------ packing
+
+/// `count` floats, of which whole vectors are written and, unless kEnd, read.
+template <bool kDeferred, bool kEnd>
+BAGSSL_INLINE void pack_run(const float* from, const float* end, int64_t count, const float* scale,
+                            const float* shift, float* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats x = kEnd ? load_some(from + i, end - from - i) : load(from + i);
+    if (kDeferred) x = positive(multiply_add(x, load(scale + i), load(shift + i)));
+    store(to + i, x);
+  }
+}
+
+/// A window whose first pixel is (y, x) of a map and at `corner`, where a map has it.
+template <bool kDeferred, bool kEnd>
+BAGSSL_INLINE void pack_window(const PixelRows& pixels, const ConvGeometry& s, const Reader& reader,
+                               const float* corner, int64_t y, int64_t x, float* to) {
+  const bool inside =
+      y >= 0 && x >= 0 && y + s.kernel_height <= s.height && x + s.kernel_width <= s.width;
+  for (const Run* run = pixels.runs; run != pixels.runs + pixels.count; ++run) {
+    const int64_t down = y + run->down, across = x + run->across;
+    if (inside || (down >= 0 && down < s.height && across >= 0 && across < s.width)) {
+      const float* scale = kDeferred ? reader.scale + run->channel : nullptr;
+      const float* shift = kDeferred ? reader.shift + run->channel : nullptr;
+      pack_run<kDeferred, kEnd>(corner + run->from, pixels.end, run->count, scale, shift,
+                                to + run->to);
+    } else {
+      for (int64_t i = 0; i < run->count; i += kLanes) store(to + run->to + i, Floats{});
+    }
+  }
+}
+
+template <bool kDeferred>
+BAGSSL_INLINE void pack_windows(const PixelRows& pixels, const ConvGeometry& s,
+                                const Reader& reader, const Packed& to) {
+  const Run& last = pixels.runs[pixels.count - 1];
+  const int64_t reach = last.from + last.count + kLanes;
+  int64_t ox = pixels.first % s.out_width, above = pixels.first / s.out_width;
+  int64_t oy = above % s.out_height, image = above / s.out_height;
+  for (int64_t row = 0; row < pixels.rows; ++row) {
+    const int64_t y = oy * s.stride - s.padding, x = ox * s.stride - s.padding;
+    const float* corner = pixels.x + ((image * s.height + y) * s.width + x) * s.channels;
+    float* out = to.data + row * kRowStep;
+    if (pixels.end - corner >= reach) {
+      pack_window<kDeferred, false>(pixels, s, reader, corner, y, x, out);
+    } else {
+      pack_window<kDeferred, true>(pixels, s, reader, corner, y, x, out);
+    }
+    if (++ox == s.out_width) {
+      ox = 0;
+      if (++oy == s.out_height) {
+        oy = 0;
+        ++image;
+      }
+    }
+  }
+}
+
+void pack_pixels(const PixelRows& pixels, const ConvGeometry& geometry, const Reader& reader,
+                 const Packed& to) {
+  if (reader.scale) return pack_windows<true>(pixels, geometry, reader, to);
+  pack_windows<false>(pixels, geometry, {}, to);
+}
+
+/// One row's columns of one block; kEnd: the last row, behind which nothing is read.
+template <bool kEnd>
+BAGSSL_INLINE void pack_gradient_run(const GradientRows& rows, int64_t row, int64_t first,
+                                     int64_t count, float* to) {
+  const int64_t at = row * rows.channels + first;
+  const auto read = [&](const float* from, int64_t i) {
+    return kEnd ? load_some(from + at + i, rows.left - at - i) : load(from + at + i);
+  };
+  if (!rows.slope) {
+    for (int64_t i = 0; i < count; i += kLanes) store(to + i, read(rows.g, i));
+    return;
+  }
+  const float *slope = rows.slope + first, *offset = rows.offset + first;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats mean_part = multiply_add(read(rows.y, i), load(slope + i), load(offset + i));
+    store(to + i, read(rows.g, i) + mean_part);
+  }
+}
+
+void pack_gradient(const GradientRows& rows, const Packed& to) {
+  for (int64_t first = 0; first < rows.channels; first += kBlock) {
+    const int64_t count = at_most(kBlock, rows.channels - first);
+    float* out = to.data + first / kBlock * to.block;
+    for (int64_t row = 0; row < rows.rows; ++row, out += kRowStep) {
+      if ((row + 1) * rows.channels + kLanes <= rows.left) {
+        pack_gradient_run<false>(rows, row, first, count, out);
+      } else {
+        pack_gradient_run<true>(rows, row, first, count, out);
+      }
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------- products
+
+/// The lines that a product of so many steps fetches, `step` bytes apart: none if step is 0.
+struct Lines {
+  const char* next;
+  int64_t step;
+};
+
+BAGSSL_INLINE Lines take(Ahead* ahead, int64_t steps, const void* anything) {
+  while (ahead->now < ahead->count && ahead->floats[ahead->now] <= 0) ++ahead->now;
+  if (ahead->now == ahead->count) return {static_cast<const char*>(anything), 0};
+  const float*& at = ahead->at[ahead->now];
+  const Lines lines = {reinterpret_cast<const char*>(at), 64};
+  at += 16 * steps;
+  ahead->floats[ahead->now] -= 16 * steps;
+  return lines;
+}
+
+BAGSSL_INLINE void fetch(Lines& lines) {
+  __builtin_prefetch(lines.next, 0, 2);
+  lines.next += lines.step;
+}
+
+/// out[r][j] = sum over k of a[r][k] b[k][j], kRows rows and one panel.
+template <int kRows>
+BAGSSL_INLINE void product(const float* a, int64_t block, const float* b, int64_t steps, float* out,
+                           int64_t out_step, Lines lines) {
+  Floats sums[kRows][kVectors] = {};
+  for (; steps > 0; steps -= kBlock, a += block) {
+    const int64_t count = at_most(steps, kBlock);
+    for (int64_t k = 0; k < count; ++k, b += kPanel) {
+      Floats panel[kVectors];
+      fetch(lines);
+      BAGSSL_UNROLL
+      for (int v = 0; v < kVectors; ++v) panel[v] = load(b + v * kLanes);
+      BAGSSL_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const Floats x = splat(a[r * kRowStep + k]);
+        BAGSSL_UNROLL
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(x, panel[v], sums[r][v]);
+      }
+    }
+  }
+  BAGSSL_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) store(out + r * out_step + v * kLanes, sums[r][v]);
+  }
+}
+
+/// The product of `rows` rows; rows up to kTileRows are written.
+BAGSSL_INLINE void product_of_rows(int64_t rows, const float* a, int64_t block, const float* b,
+                                   int64_t steps, float* out, int64_t out_step, Ahead* ahead) {
+  const Lines lines = take(ahead, steps, b);
+  if (rows > kFewRows) {
+    product<kTileRows>(a, block, b, steps, out, out_step, lines);
+  } else {
+    product<kFewRows>(a, block, b, steps, out, out_step, lines);
+  }
+}
+
+/// Joins the rows of a tile to the mean and centered squares of the `seen` rows before them, by
+/// Chan's rule (Chan, Golub, LeVeque 1979).
+BAGSSL_INLINE void add_moments(const float* y, int64_t step, int64_t rows, int64_t seen,
+                               float* mean, float* squares) {
+  Floats sum[kVectors] = {}, square[kVectors] = {}, center[kVectors];
+  for (int64_t r = 0; r < rows; ++r) {
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) sum[v] += load(y + r * step + v * kLanes);
+  }
+  const float count = static_cast<float>(rows), before = static_cast<float>(seen);
+  BAGSSL_UNROLL
+  for (int v = 0; v < kVectors; ++v) center[v] = sum[v] * splat(1.0f / count);
+  for (int64_t r = 0; r < rows; ++r) {
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats d = load(y + r * step + v * kLanes) - center[v];
+      square[v] = multiply_add(d, d, square[v]);
+    }
+  }
+  const float share = count / (before + count);
+  BAGSSL_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    const Floats old = load(mean + v * kLanes), d = center[v] - old;
+    store(mean + v * kLanes, multiply_add(d, splat(share), old));
+    const Floats between = multiply_add(d * d, splat(before * share), square[v]);
+    store(squares + v * kLanes, load(squares + v * kLanes) + between);
+  }
+}
+
+void forward(const ForwardChunk& c) {
+  for (int64_t first = 0; first < c.channels; first += kPanel) {
+    const float* panel = c.weight + first * c.steps;
+    const int64_t width = at_most(kPanel, c.channels - first);
+    for (int64_t row = 0; row < c.rows; row += kTileRows) {
+      alignas(64) float tile[kTileRows * kPanel];
+      const int64_t rows = at_most(kTileRows, c.rows - row);
+      const bool full = rows == kTileRows && width == kPanel;
+      float* y = c.y + row * c.channels + first;
+      float* out = full ? y : tile;
+      const int64_t step = full ? c.channels : kPanel;
+      product_of_rows(rows, c.a.data + row * kRowStep, c.a.block, panel, c.steps, out, step,
+                      c.ahead);
+      for (int64_t r = 0; !full && r < rows; ++r) {
+        for (int64_t j = 0; j < width; j += kLanes) {
+          store_some(y + r * c.channels + j, load(tile + r * kPanel + j), width - j);
+        }
+      }
+      if (c.mean) add_moments(out, step, rows, row, c.mean + first, c.squares + first);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------- backward
+
+/// One vector of channels of all rows, from channel c on; kWhole: all of them exist.
+template <bool kWhole>
+BAGSSL_INLINE void mask_channels(const MaskChunk& m, int64_t c) {
+  const int64_t left = kWhole ? kLanes : m.channels - c;
+  const float *g = m.g + c, *from = m.x + c;
+  float* to = m.dx + c;
+  if (!m.reader.scale) {
+    for (int64_t r = 0; r < m.rows; ++r) store_some(to + r * m.step, load(g + r * m.g_step), left);
+    return;
+  }
+  const Floats scale = load(m.reader.scale + c), shift = load(m.reader.shift + c);
+  const Floats center = load(m.reader.center + c), zero = {};
+  Floats dscale = load(m.dscale + c), dshift = load(m.dshift + c);
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const Floats x = load_some(from + r * m.step, left);
+    const Floats all = load(g + r * m.g_step);
+    const Floats masked = multiply_add(x, scale, shift) > zero ? all : zero;
+    store_some(to + r * m.step, masked * scale, left);
+    dshift += masked;
+    dscale = multiply_add(masked, x - center, dscale);
+  }
+  store(m.dscale + c, dscale);
+  store(m.dshift + c, dshift);
+}
+
+void mask(const MaskChunk& m) {
+  int64_t c = 0;
+  for (; c + kLanes <= m.channels; c += kLanes) mask_channels<true>(m, c);
+  if (c < m.channels) mask_channels<false>(m, c);
+}
+
+void data_pointwise(const DataChunk& c, const MaskChunk& all) {
+  for (int64_t first = 0; first < c.columns; first += kPanel) {
+    for (int64_t row = 0; row < c.rows; row += kTileRows) {
+      alignas(64) float tile[kTileRows * kPanel];
+      const int64_t rows = at_most(kTileRows, c.rows - row);
+      product_of_rows(rows, c.dy.data + row * kRowStep, c.dy.block, c.weight + first * c.steps,
+                      c.steps, tile, kPanel, c.ahead);
+      MaskChunk part = all;
+      part.g = tile;
+      part.g_step = kPanel;
+      part.x += row * all.step + first;
+      part.dx += row * all.step + first;
+      part.rows = rows;
+      part.channels = at_most(kPanel, all.channels - first);
+      if (all.reader.scale) {
+        part.reader = {all.reader.scale + first, all.reader.shift + first,
+                       all.reader.center + first};
+        part.dscale += first;
+        part.dshift += first;
+      }
+      mask(part);
+    }
+  }
+}
+
+void data_scattered(const DataChunk& c, const Scatter& to) {
+  for (int64_t first = 0; first < c.columns; first += kPanel) {
+    const int64_t vectors = at_most(kPanel, c.columns - first) / kLanes;
+    for (int64_t row = 0; row < c.rows; row += kTileRows) {
+      alignas(64) float tile[kTileRows * kPanel];
+      const int64_t rows = at_most(kTileRows, c.rows - row);
+      product_of_rows(rows, c.dy.data + row * kRowStep, c.dy.block, c.weight + first * c.steps,
+                      c.steps, tile, kPanel, c.ahead);
+      for (int64_t v = 0; v < vectors; ++v) {
+        float* map = to.map + to.columns[first / kLanes + v];
+        for (int64_t r = 0; r < rows; ++r) {
+          float* out = map + to.rows[row + r];
+          store(out, load(out) + load(tile + r * kPanel + v * kLanes));
+        }
+      }
+    }
+  }
+}
+
+/// sums[i][j] += sum over rows of a[row][i] dy[row][j], kTileColumns columns and one panel.
+BAGSSL_INLINE void outer_product(const float* a, const float* dy, int64_t rows, float* out,
+                                 Lines lines) {
+  Floats sums[kTileColumns][kVectors];
+  BAGSSL_UNROLL
+  for (int i = 0; i < kTileColumns; ++i) {
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = load(out + i * kPanel + v * kLanes);
+  }
+  for (int64_t row = 0; row < rows; ++row, a += kRowStep, dy += kRowStep) {
+    Floats panel[kVectors];
+    fetch(lines);
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) panel[v] = load(dy + v * kLanes);
+    BAGSSL_UNROLL
+    for (int i = 0; i < kTileColumns; ++i) {
+      const Floats x = splat(a[i]);
+      BAGSSL_UNROLL
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = multiply_add(x, panel[v], sums[i][v]);
+    }
+  }
+  BAGSSL_UNROLL
+  for (int i = 0; i < kTileColumns; ++i) {
+    BAGSSL_UNROLL
+    for (int v = 0; v < kVectors; ++v) store(out + i * kPanel + v * kLanes, sums[i][v]);
+  }
+}
+
+void weight(const Packed& a, const Packed& dy, int64_t rows, int64_t steps, int64_t channels,
+            float* dweight, Ahead* ahead) {
+  for (int64_t first = 0; first < channels; first += kPanel) {
+    const float* panel = dy.data + first / kBlock * dy.block + first % kBlock;
+    for (int64_t block = 0; block < steps; block += kBlock) {
+      const float* columns = a.data + block / kBlock * a.block;
+      const int64_t count = at_most(kBlock, steps - block);
+      for (int64_t k = 0; k < count; k += kTileColumns, dweight += kTileColumns * kPanel) {
+        outer_product(columns + k, panel, rows, dweight, take(ahead, rows, panel));
+      }
+    }
+  }
+}
+
+constexpr ConvLoops kLoops = {kLanes,  kPanel,         kTileColumns,   pack_pixels, pack_gradient,
+                              forward, data_pointwise, data_scattered, mask,        weight};
+
+#undef BAGSSL_UNROLL

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "conv_bn_relu.h"
+#include "thread_pool.h"
+
+namespace bagssl {
+
+/// Means [n, channels] over the `pixels` of each of n maps of an activation with a scale.
+void relu_mean(const DeferredMaps& x, int64_t n, int64_t pixels, int64_t channels, float* means,
+               ThreadPool& pool);
+
+/// Gradients of `means` -> dx [n, pixels, channels], of x.y, and dscale, dshift [channels].
+void relu_mean_backward(const float* dmeans, const DeferredMaps& x, int64_t n, int64_t pixels,
+                        int64_t channels, float* dx, float* dscale, float* dshift,
+                        ThreadPool& pool);
+
+}  // namespace bagssl
