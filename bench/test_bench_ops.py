@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bench_bag_pool
 import bench_conv3x3
+import bench_conv_bn_relu
 import bench_dense
 import bench_linear_bn_relu
 import bench_patch_embed
@@ -20,6 +21,7 @@ BENCHES = (
     bench_patch_embed,
     bench_linear_bn_relu,
     bench_conv3x3,
+    bench_conv_bn_relu,
     bench_dense,
 )
 
