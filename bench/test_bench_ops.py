@@ -6,6 +6,7 @@ import pytest
 
 import bench_bag_pool
 import bench_conv3x3
+import bench_conv_bn_relu
 import bench_dense
 import bench_linear_bn_relu
 import bench_patch_embed
@@ -23,6 +24,7 @@ BENCHES = (
     bench_patch_views,
     bench_linear_bn_relu,
     bench_conv3x3,
+    bench_conv_bn_relu,
     bench_dense,
 )
 

@@ -1,13 +1,11 @@
 #include "winograd.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
 #include "winograd_ops.h"
+#include "workspace.h"
 
 #define BAGSSL_BODY "winograd_body.h"
 #include "simd_levels.h"
@@ -31,28 +29,6 @@ int64_t whole_panels(int64_t channels) { return ceil_div(channels, kPanel) * kPa
 /// Numbers of one point apart by an odd number of cache lines: at a power of two they would all
 /// compete for the same few places of a cache.
 int64_t odd_lines(int64_t floats) { return (ceil_div(floats, kLine) | 1) * kLine; }
-
-/// Memory that a thread keeps from call to call: fresh pages cost more than what fills them.
-class Workspace {
- public:
-  float* take(int64_t floats) {
-    if (floats > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(static_cast<float*>(std::aligned_alloc(64, 64 * ceil_div(4 * floats, 64))));
-      if (!memory_) throw std::bad_alloc();
-      size_ = floats;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0;
-};
 
 thread_local Workspace workspace;
 

@@ -227,6 +227,16 @@ def test_memory_of_any_layout():
         assert torch.equal(value, again[name]), name
 
 
+def test_a_nan_stays_a_nan(simd_level):
+    x, block = images(2, 20, 5, 5).float(), Block(20, 6, 3, 1, 0).to(torch.float32)
+    x[0, 3, 1, 1] = float("nan")
+    for given in (x, deferred(x.double())._replace(y=x)):
+        given = Deferred(*(v.float() for v in given)) if isinstance(given, Deferred) else given
+        out = ops.applied(block(given, training=False))
+        assert out[0, :, :2, :2].isnan().all() and out[1].isfinite().all()
+        assert ops.relu_mean(block(given, training=False))[0].isnan().all()
+
+
 def test_the_same_bits_with_any_number_of_threads(monkeypatch, simd_level):
     x, blocks = images(300, 3, 16, 16), chain_of(PATCHNET)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

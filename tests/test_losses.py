@@ -263,3 +263,18 @@ def test_two_ranks_normalize_as_one(ranks):
     for result in results:
         for actual, needed in zip(result["running"], expected["running"], strict=True):
             assert_matches(actual, needed, x.dtype, "running statistics")
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_two_ranks_convolve_as_one(ranks, impl):
+    expected = two_ranks.conv_bn_relu(two_ranks.make_maps().double(), None, "reference")
+    results = [result[f"conv_bn_relu {impl}"] for result in ranks]
+    y = torch.cat([r["y"] for r in results])
+    assert_matches(y, expected["y"], torch.float32, "y")
+    for name, needed in expected["grads"].items():
+        join = torch.cat if name == "x" else sum
+        actual = join([r["grads"][name] for r in results])
+        assert_matches(actual, needed, torch.float32, f"d{name}", slack=3)
+    for result in results:
+        for actual, needed in zip(result["running"], expected["running"], strict=True):
+            assert_matches(actual, needed, torch.float32, "running statistics")

@@ -58,6 +58,30 @@ def linear_bn_relu(x: Tensor, group: dist.ProcessGroup | None) -> dict:
     return {"y": y.detach(), "grads": grads, "running": (running_mean, running_var)}
 
 
+def make_maps() -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(8, 3, 6, 5, generator=generator)
+
+
+def conv_bn_relu(x: Tensor, group: dist.ProcessGroup | None, impl: str) -> dict:
+    """Two blocks with synchronized statistics on maps [N, C, H, W], as `linear_bn_relu`."""
+    generator = torch.Generator().manual_seed(1)
+    x = x.clone().requires_grad_()
+    at, grads, running = x, {"x": x}, []
+    for i, channels in enumerate((3, 7)):
+        weight = torch.randn(7, channels, 2, 2, generator=generator).to(x.dtype)
+        gamma, beta = (torch.rand(7, generator=generator).to(x.dtype) for _ in range(2))
+        running += [torch.zeros(7, dtype=x.dtype), torch.ones(7, dtype=x.dtype)]
+        own = [v.requires_grad_() for v in (weight, gamma, beta)]
+        grads |= {
+            f"{name} {i}": v for name, v in zip(("weight", "gamma", "beta"), own, strict=True)
+        }
+        at = ops.conv_bn_relu(at, *own, *running[-2:], training=True, group=group, impl=impl)
+    y = ops.relu_mean(at, impl=impl)
+    y.square().sum().backward()
+    return {"y": y.detach(), "grads": {k: v.grad for k, v in grads.items()}, "running": running}
+
+
 @contextlib.contextmanager
 def process_group(rank: int, folder: str) -> Iterator[dist.ProcessGroup]:
     """One of `WORLD` processes on a machine that have `folder` in common."""
@@ -83,4 +107,7 @@ def main(rank: int, folder: str) -> None:
             z = make_bag(options.get("wide", False)).chunk(WORLD, dim=1)[rank]
             results[case] = evaluate(name, options, z, group)
         results["linear_bn_relu"] = linear_bn_relu(make_bag().chunk(WORLD, dim=1)[rank], group)
+        maps = make_maps().chunk(WORLD)[rank]
+        for impl in ("reference", "cpu"):
+            results[f"conv_bn_relu {impl}"] = conv_bn_relu(maps, group, impl)
         torch.save(results, Path(folder) / f"rank{rank}.pt")
