@@ -47,6 +47,8 @@ class NinjaBuildExt(build_ext):
         cflags += ["-Wall", "-Wextra"]
         # Contracting a*b+c would make the last bit of a pixel depend on the machine.
         cflags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+        # Where a short loop happens to start moves its time by a tenth on some processors.
+        cflags += ["-falign-functions=32", "-falign-loops=32"]
         ldflags = ["-shared", "-pthread"]
         if sys.platform == "darwin":
             ldflags = ["-bundle", "-undefined", "dynamic_lookup"]

@@ -3,6 +3,7 @@
 #include <vector>
 
 #define BAGSSL_BODY "bag_pool_body.h"
+#define BAGSSL_UP_TO_AVX2  // it waits for memory: vectors of 64 bytes gain nothing
 #include "simd_levels.h"
 
 namespace bagssl {
