@@ -10,13 +10,13 @@ that no ReLU is near its edge.
 from __future__ import annotations
 
 import torch
-from _common import OURS
-from _ops import COMPILED, Call, OpCase, main
 from torch import Tensor, nn
 
 from bagssl_fast import ops
 from bagssl_fast.models.fused import conv_bn_relu
 from bagssl_fast.models.patchnet import PatchNet
+from harness.common import OURS
+from harness.ops import COMPILED, Call, OpCase, main
 
 LAYERS = "Conv2d + BatchNorm2d + ReLU"
 SHAPES = {  # N, C, M, kernel, stride, padding, side

@@ -11,6 +11,7 @@ import bench_dense
 import bench_linear_bn_relu
 import bench_patch_embed
 import bench_patch_views
+import bench_relu_mean
 import bench_tcr
 import bench_vicreg
 from harness.common import OURS
@@ -25,6 +26,7 @@ BENCHES = (
     bench_linear_bn_relu,
     bench_conv3x3,
     bench_conv_bn_relu,
+    bench_relu_mean,
     bench_dense,
 )
 

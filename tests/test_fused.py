@@ -129,7 +129,7 @@ def test_patchnet_trains_as_plain_torch_does(hypercolumn):
     torch.manual_seed(0)
     start = PatchNet(16, width=16, hypercolumn=hypercolumn)
     start = start.to(memory_format=torch.channels_last)
-    targets, curves = torch.rand(2, 32, start.top_dim), {}
+    targets, curves = torch.rand(2, 32, start.head_dim), {}
     for impl in (None, "reference"):
         net = copy.deepcopy(start)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
@@ -137,7 +137,7 @@ def test_patchnet_trains_as_plain_torch_does(hypercolumn):
         with ops.use_impl(impl):
             for step in range(12):
                 h = net(pictures(32, seed=step % 2))
-                loss = (h[:, -net.top_dim :] - targets[step % 2]).square().mean()
+                loss = (h[:, -net.head_dim :] - targets[step % 2]).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
