@@ -50,7 +50,7 @@ void conv_forward(const DeferredMaps& x, const float* weight, const KernelStride
   const int64_t groups = std::min(chunks, kMostGroups);
   std::vector<Moments> moments(mean ? groups : 0, Moments(channels));
   pool.parallel_for(groups, [&](int, int64_t group) {
-    Pieces pieces(chunk_memory().take(packed_floats(at_a_time, steps) + 3 * columns));
+    Pieces pieces(chunk_memory().take(packed_floats(at_a_time, steps) + 2 * (columns + kLine)));
     const Packed a = pieces.packed(at_a_time, steps);
     const std::vector<Run> runs = runs_of(s, !x.scale, a.block);
     float *part_mean = pieces.take(columns), *squares = pieces.take(columns);
