@@ -121,7 +121,7 @@ def case(case_id: str) -> OpCase:
     return OpCase(
         case_id,
         (LAYERS, COMPILED),
-        floors={LAYERS: 1.9, COMPILED: 1.6} if patchnet else {LAYERS: 1.4},
+        floors={LAYERS: 1.1},
         memory_floors={LAYERS: 1.8},
         flops=products * 2 * pixels * out * channels * kernel**2,
         # Forward reads x and writes y; backward reads x, y and dy, and writes dx.

@@ -46,7 +46,7 @@ struct ConvGradient {
   const float* dvar;
 };
 
-/// Results that are null are not wanted. The gradient of center is -scale * dshift.
+/// Results that are null are not computed. The gradient of center is -scale * dshift.
 struct ConvResults {
   float* dx;      ///< with respect to x.y, as it
   float* dscale;  ///< [channels], as dshift; both come with dx where x has a scale

@@ -53,7 +53,7 @@ struct ForwardChunk {
   const float* weight;  ///< panels [steps][panel]
   float* y;             ///< of the first row
   int64_t channels;
-  float *mean, *squares;  ///< of whole panels, zero at first; null: not wanted
+  float *mean, *squares;  ///< of whole panels, zero at first; null: not computed
   Ahead* ahead;
 };
 

@@ -106,9 +106,9 @@ class TestRunDir:
         checkpoint.open_run_dir(tmp_path, "never", True)
         assert not any(tmp_path.iterdir())
 
-    def test_never_deletes_what_is_no_run(self, tmp_path):
+    def test_never_deletes_what_is_not_a_run(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("")
-        with pytest.raises(ValueError, match="no run directory"):
+        with pytest.raises(ValueError, match="not a run directory"):
             checkpoint.open_run_dir(tmp_path, "never", True)
         assert (tmp_path / "thesis.tex").exists()
 
