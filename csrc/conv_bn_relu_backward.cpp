@@ -80,8 +80,8 @@ class BackwardPass {
            all.images() * all.map_floats() + 4 * kLine;
   }
 
-  /// Images [first, last); adds to the sums over pixels, [2][channels] if dx is computed. The images
-  /// up to `next_last` come next.
+  /// Images [first, last); adds to the sums over pixels, [2][channels] if dx is computed. The
+  /// images up to `next_last` come next.
   void run(int64_t first, int64_t last, int64_t next_last, double* sums) {
     const ConvGeometry& s = all_.s;
     look_ahead(last, next_last);
