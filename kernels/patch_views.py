@@ -366,7 +366,8 @@ def ragged(images: torch.Tensor | Sequence[torch.Tensor]) -> Ragged:
     offsets = ends - torch.tensor([h * w * 3 for h, w, _ in sizes], dtype=torch.int64)
     heights = torch.tensor([h for h, _, _ in sizes], dtype=torch.int32)
     widths = torch.tensor([w for _, w, _ in sizes], dtype=torch.int32)
-    return data, *(x.to(data.device) for x in (offsets, heights, widths))
+    device = data.device
+    return data, offsets.to(device), heights.to(device), widths.to(device)
 
 
 def _is_ragged(images: torch.Tensor | Sequence[torch.Tensor] | Ragged) -> TypeGuard[Ragged]:
