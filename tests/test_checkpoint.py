@@ -112,6 +112,21 @@ class TestRunDir:
             checkpoint.open_run_dir(tmp_path, "never", True)
         assert (tmp_path / "thesis.tex").exists()
 
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_an_empty_directory_behind_a_link_is_kept(self, tmp_path, overwrite):
+        """It has nothing to delete, and a link cannot be deleted as a directory."""
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "run").symlink_to(tmp_path / "disk")
+        checkpoint.open_run_dir(tmp_path / "run", "never", overwrite)
+        assert (tmp_path / "run").is_symlink() and (tmp_path / "disk").is_dir()
+
+    def test_only_overwrite_deletes(self, tmp_path, monkeypatch):
+        """What appears after the check is not lost."""
+        monkeypatch.setattr(checkpoint, "check_run_dir", lambda *_: None)
+        (tmp_path / "late.txt").write_text("")
+        checkpoint.open_run_dir(tmp_path, "never", False)
+        assert (tmp_path / "late.txt").exists()
+
     def test_a_file(self, tmp_path):
         (tmp_path / "f").write_text("")
         with pytest.raises(ValueError, match="is a file"):

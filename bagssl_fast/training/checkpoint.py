@@ -111,6 +111,6 @@ def open_run_dir(path: Path, resume: str, overwrite: bool) -> None:
         ValueError: If it holds what nobody asked to touch.
     """
     check_run_dir(path, resume, overwrite)
-    if resume == "never" and path.is_dir():
+    if overwrite and resume == "never" and path.is_dir() and any(path.iterdir()):
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
