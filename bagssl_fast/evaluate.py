@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
         out = given.get("out", run)
         if not given.get("overwrite", False):
             check_out(out, config)
-    machine.let_threads_sleep()
+    machine.tune_process()
 
     from bagssl_fast import ops
     from bagssl_fast.evaluation.measure import carry_out, prepare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -44,13 +45,31 @@ def report() -> dict[str, Any]:
     }
 
 
-def let_threads_sleep() -> None:
-    """Keeps threads of torch's OpenMP that wait for work from spinning: loaders need the cores.
+def tune_process() -> None:
+    """Sets what torch and the C library take from the process; call it before torch is imported.
 
-    OpenMP reads it once, when torch loads it.
+    Threads of OpenMP that wait for work sleep instead of spinning: the loader needs the cores.
+    OpenMP reads that once, when torch loads it.
     """
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep freed memory for the next step instead of returning it to the system.
+
+    Otherwise a step's large activations are mapped, cleared page by page at the first touch and
+    unmapped again: 10 to 20% of a fused PatchNet step on a CPU. In return the process stays as
+    large as its largest step. Without glibc's malloc (macOS, musl, jemalloc) it does nothing.
+    """
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return
+    mallopt(trim_threshold, -1)  # never
+    mallopt(mmap_max, 0)  # no allocation has a mapping of its own
 
 
 def cores() -> int:

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         config = cli.parse(argv)
         check(config)
         check_paths(config)
-    machine.let_threads_sleep()
+    machine.tune_process()
 
     from bagssl_fast.distributed import ranks
     from bagssl_fast.training.loop import train

@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
     with errors_end(WRONG_USAGE):
         options = arguments.read(Analyze, argv, "analyze")
         check(options)
-    machine.let_threads_sleep()
+    machine.tune_process()
 
     from bagssl_fast.analyze.analysis import describe, examine, make_context, studies, write
     from bagssl_fast.analyze.models import prepare_threads
