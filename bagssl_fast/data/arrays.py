@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bagssl_fast._extension import _C
+from bagssl_fast.data import cifar
 from bagssl_fast.data.source import NumberedNames, Source, class_labels, fingerprint_of
 
 
@@ -98,46 +98,17 @@ def open_torchvision(root: Path, split: str) -> Source | None:
     return None
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds arrays and plain containers, and refuses everything else, as a pickle can run code."""
-
-    _ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _read_pickle(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            loaded = _ArrayUnpickler(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a CIFAR batch ({error})") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: not a CIFAR batch (a {type(loaded).__name__})")
-    return loaded
-
-
 def _open_cifar(
     folder: Path, files: list[str], label_key: str, meta: str, class_key: str
 ) -> Source:
-    batches = [_read_pickle(folder / name) for name in files]
-    pixels = np.concatenate([batch["data"] for batch in batches])
-    labels = np.concatenate([np.asarray(batch[label_key]) for batch in batches])
-    images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    batches = [
+        cifar.read_batch(folder / name, {"data": cifar.pixels, label_key: cifar.class_indices})
+        for name in files
+    ]
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     classes = None
     if (folder / meta).is_file():
-        classes = [str(name) for name in _read_pickle(folder / meta)[class_key]]
+        (classes,) = cifar.read_batch(folder / meta, {class_key: cifar.class_names})
     return make_source(images, labels, classes, str(folder))
 
 

@@ -30,6 +30,7 @@ _OTHER_SUFFIXES = {
     ".avif",
 }
 ON_ERROR = ("raise", "skip")
+MOST_CLASSES = 1_000_000  # numbered without names: each gets its number as text
 IMAGE_SUFFIXES = _JPEG_SUFFIXES | _OTHER_SUFFIXES
 
 
@@ -221,10 +222,25 @@ def class_labels(
         raise ValueError(f"labels must be integers, got {found.dtype}")
     if found.min() < 0:
         raise ValueError(f"label {found.min()}: classes are counted from 0")
+    if classes is None:
+        check_class_count(int(found.max()))
     names = [str(name) for name in (range(found.max() + 1) if classes is None else classes)]
     if found.max() >= len(names):
         raise ValueError(f"label {found.max()} has no name: classes has {len(names)} names")
     return found.astype(np.int64), names
+
+
+def check_class_count(last: int) -> None:
+    """Refuses a class index that would make a list of millions of names.
+
+    Raises:
+        ValueError: `last` is MOST_CLASSES or more.
+    """
+    if last >= MOST_CLASSES:
+        raise ValueError(
+            f"label {last}: labels are class indices, counted from 0 without gaps, at most "
+            f'{MOST_CLASSES:,} of them; renumber them, or ignore them (labels="none")'
+        )
 
 
 def check_labels(labels: NDArray[np.int64], names: Names, on_error: str) -> NDArray[np.int64]:

@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from bagssl_fast._extension import _C
 from bagssl_fast.data.source import (
     NameTable,
     Source,
+    check_class_count,
     check_labels,
     fingerprint_of,
     is_image_name,
@@ -27,6 +27,7 @@ from bagssl_fast.data.source import (
 
 _FORMAT = 1  # of a cached index; a new number makes old files unused
 _CLASS_SUFFIX = b".cls"
+_ARRAYS = ("names", "name_ends", "offsets", "sizes", "labels", "meta")  # of a cached index
 
 
 @dataclass
@@ -85,9 +86,10 @@ def open_tars(paths: Sequence[Path], on_error: str, labeled: bool = True) -> Sou
     if sum(counts) == 0:
         raise ValueError(f"{paths[0]}: the tar has no image files")
 
-    labels, classes = _merge_classes(indices)
-    if not labeled:
-        labels, classes = np.full_like(labels, -1), []
+    if labeled:
+        labels, classes = _merge_classes(indices)
+    else:
+        labels, classes = np.full(sum(counts), -1, np.int64), []
     names = ShardNames(paths, [index.names for index in indices])
     kept = check_labels(labels, names, on_error)
     shard = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
@@ -112,7 +114,9 @@ def _merge_classes(indices: Sequence[ShardIndex]) -> tuple[NDArray[np.int64], li
     """Labels over all shards. Numbers in `.cls` members are used as labels."""
     texts = sorted({name for index in indices for name in index.classes})
     if texts and all(index.numbered or not index.classes for index in indices):
-        texts = [str(i) for i in range(max(map(int, texts)) + 1)]
+        last = max(map(int, texts))
+        check_class_count(last)
+        texts = [str(i) for i in range(last + 1)]
         number = {text: int(text) for index in indices for text in index.classes}
     else:
         number = {text: i for i, text in enumerate(texts)}
@@ -127,7 +131,7 @@ def _merge_classes(indices: Sequence[ShardIndex]) -> tuple[NDArray[np.int64], li
 def _indexed(path: Path, on_error: str) -> ShardIndex:
     """The index of a tar, from the user's cache or made and cached."""
     cached = _cache_file(path)
-    index = _load(cached)
+    index = _load(cached, path.stat().st_size)
     if index is not None:
         return index
     try:
@@ -177,8 +181,12 @@ def _select_images(path: Path, members: NameTable, raw: dict[str, NDArray[np.int
         sizes=raw["sizes"][images],
         labels=labels,
         classes=classes,
-        numbered=bool(class_members) and all(text.isdecimal() for text in classes),
+        numbered=bool(class_members) and all(_is_number(text) for text in classes),
     )
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 19  # more digits than any index has
 
 
 def _contents(file: NDArray[np.uint8], raw: dict[str, NDArray[np.int64]], member: int) -> bytes:
@@ -195,21 +203,49 @@ def _cache_file(path: Path) -> Path:
     return Path(base) / "bagssl_fast" / "tar-index" / f"{name}.npz"
 
 
-def _load(file: Path) -> ShardIndex | None:
-    """A cached index; None if it is missing or cannot be read."""
+def _load(file: Path, shard_size: int) -> ShardIndex | None:
+    """A cached index; None if it is missing or anything about it is in doubt."""
     try:
         with np.load(file, allow_pickle=False) as saved:
-            meta = json.loads(saved["meta"].tobytes())
-            return ShardIndex(
-                names=NameTable(saved["names"].tobytes(), saved["name_ends"]),
-                offsets=saved["offsets"],
-                sizes=saved["sizes"],
-                labels=saved["labels"],
-                classes=meta["classes"],
-                numbered=meta["numbered"],
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            if sum(part.file_size for part in saved.zip.infolist()) > file.stat().st_size:
+                return None  # compressed, which ours are not: it may grow to any size
+            arrays = {name: saved[name] for name in _ARRAYS}
+            meta = json.loads(arrays.pop("meta").tobytes())
+        blob = arrays.pop("names").tobytes()
+        index = ShardIndex(
+            names=NameTable(blob, arrays.pop("name_ends")),
+            **arrays,
+            classes=meta["classes"],
+            numbered=meta["numbered"],
+        )
+        return index if _is_sound(index, shard_size) else None
+    except Exception:  # a damaged zip file has many ways to fail; the tar is indexed again
         return None
+
+
+def _is_sound(index: ShardIndex, shard_size: int) -> bool:
+    """Whether an index's parts fit each other and the shard."""
+    count, ends = len(index.names), index.names.ends
+    columns = (ends, index.offsets, index.sizes, index.labels)
+    if not all(c.dtype == np.int64 and c.shape == (count,) for c in columns):
+        return False
+    classes = index.classes
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return False
+    if type(index.numbered) is not bool or (index.numbered and not all(map(_is_number, classes))):
+        return False
+    if count == 0:
+        return True
+    return bool(
+        ends[0] >= 0
+        and (np.diff(ends) >= 0).all()
+        and ends[-1] == len(index.names.blob)
+        and (index.offsets >= 0).all()
+        and (index.sizes >= 0).all()
+        and (index.offsets <= shard_size - index.sizes).all()
+        and (index.labels >= -1).all()
+        and (index.labels < len(classes)).all()
+    )
 
 
 def _save(file: Path, index: ShardIndex) -> None:

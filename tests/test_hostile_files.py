@@ -1,0 +1,242 @@
+"""Files that somebody made to harm the reader: pickles, index caches, labels; and the ways in."""
+
+import ast
+import json
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import jpeg, noise, write_tar
+
+import bagssl_fast
+from bagssl_fast.data import open_source
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Every test has a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+# Pickles
+
+
+class Calls:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *args, state=None):
+        self.call = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.call
+
+
+def memo_index(index: int) -> bytes:
+    """A pickle that remembers None at an index for which the reader in C makes room."""
+    return b"\x80\x02Nr" + struct.pack("<I", index) + b"."
+
+
+def with_dtype(code: str) -> bytes:
+    """A batch whose data are an array of `code` and 4 x 8 bytes of the file's choice."""
+    array = np.arange(4, dtype=np.int64)
+    return pickle.dumps({"data": array, "labels": [0]}, protocol=2).replace(
+        b"X\x02\x00\x00\x00i8", b"X\x02\x00\x00\x00" + code.encode()
+    )
+
+
+PICKLES = {
+    "a call of the system": pickle.dumps({"data": Calls(os.system, "true")}),
+    # Dereferences an address of the file's choice in numpy's own constructor.
+    "an array of objects": pickle.dumps(
+        {"data": Calls(np.ndarray, (4,), "O", bytes(range(32))), "labels": [0]}
+    ),
+    "objects by a dtype": with_dtype("O8"),
+    "text by a dtype": with_dtype("U2"),
+    "a dtype's own state": pickle.dumps(
+        {"data": Calls(np.dtype, "O", state=(3, "|", None, None, None, -1, -1, 0))}
+    ),
+    "a memo of 2^31": memo_index(2**31),
+    "a length of 2^62": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"abc.",
+    "nothing": b"",
+    "a list": pickle.dumps([1, 2]),
+    "no data": pickle.dumps({"labels": [1]}),
+    "rows of another length": pickle.dumps(
+        {"data": np.zeros((1, 3071), np.uint8), "labels": [1]}, protocol=2
+    ),
+    "labels of text": pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": ["1"]}),
+    "a label of 2^40": pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [2**40]}),
+    "a negative shape": pickle.dumps(
+        {"data": np.zeros((1, 3072), np.uint8), "labels": [1]}, protocol=2
+    ).replace(b"K\x01M\x00\x0c\x86", b"J\xff\xff\xff\xffM\x00\x0c\x86"),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_pickle_is_refused_by_name(tmp_path, kind):
+    (tmp_path / "data_batch_1").write_bytes(PICKLES[kind])
+    with pytest.raises(ValueError, match=r"data_batch_1: not a CIFAR batch \(.+\)"):
+        open_source(tmp_path)
+
+
+def test_a_pickle_leaves_nothing_behind_for_the_next(tmp_path):
+    """Guards against stand-ins that one file could change for another."""
+    # BUILD with (None, {name: value}) sets attributes of whatever is on the stack.
+    poisoned = b"\x80\x02cnumpy\ndtype\n(N}U\x0c__setstate__K\x05stb."
+    (tmp_path / "data_batch_1").write_bytes(poisoned)
+    with pytest.raises(ValueError, match="not a CIFAR batch"):
+        open_source(tmp_path)
+    batch = {"data": np.zeros((2, 3072), np.uint8), "labels": [1, 2]}
+    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
+        (tmp_path / name).write_bytes(pickle.dumps(batch, protocol=2))
+    assert len(open_source(tmp_path)) == 10
+
+
+# Cached indices
+
+
+def cached_index(tmp_path: Path) -> tuple[Path, Path]:
+    """A tar of three images and the file with its cached index."""
+    tar = write_tar(tmp_path / "set.tar", [(f"{c}/a.jpg", jpeg(noise(1)[0])) for c in "xyz"])
+    open_source(tar)
+    (file,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("*.npz")
+    return tar, file
+
+
+def rewrite(file: Path, **changes) -> None:
+    """Saves the cached index with some of its arrays replaced."""
+    with np.load(file) as saved:
+        arrays = {name: saved[name] for name in saved.files}
+    np.savez(file, **{**arrays, **changes})
+
+
+def meta(**changes) -> np.ndarray:
+    content = {"classes": ["x", "y", "z"], "numbered": False, **changes}
+    return np.frombuffer(json.dumps(content).encode(), np.uint8)
+
+
+CHANGES = {
+    "an offset behind the end": {"offsets": np.array([0, 10, 1 << 40])},
+    "a negative size": {"sizes": np.array([1, -1, 1])},
+    "sizes that overflow": {"sizes": np.array([1, 1, 2**63 - 1]), "offsets": np.array([0, 0, 9])},
+    "too few offsets": {"offsets": np.array([0])},
+    "floats": {"offsets": np.array([0.0, 1.0, 2.0])},
+    "names that end behind the block": {"name_ends": np.array([1, 2, 4000])},
+    "names in reverse": {"name_ends": np.array([9, 3, 21])},
+    "a label without a class": {"labels": np.array([0, 1, 7])},
+    "classes of numbers": {"meta": meta(classes=[1, 2, 3])},
+    "numbered classes of text": {"meta": meta(numbered=True)},
+    "deep JSON": {"meta": np.frombuffer(b"[" * 100_000, np.uint8)},
+    "a list": {"meta": np.frombuffer(b"[]", np.uint8)},
+    "pickled objects": {"offsets": np.array([{}], object)},
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_index_in_doubt_is_made_again(tmp_path, kind):
+    tar, file = cached_index(tmp_path)
+    whole = file.read_bytes()
+    rewrite(file, **CHANGES[kind])
+    source = open_source(tar)
+    assert source.classes == ["x", "y", "z"] and source.name(2).endswith("set.tar/z/a.jpg")
+    assert source.decode(2).shape == (20, 26, 3)
+    with np.load(file) as again:  # the next opening is quick again
+        assert again["offsets"].tolist() == np.load(_as_file(tmp_path, whole))["offsets"].tolist()
+
+
+def _as_file(folder: Path, content: bytes) -> Path:
+    path = folder / "whole.npz"
+    path.write_bytes(content)
+    return path
+
+
+def test_index_with_a_broken_zip_entry_is_made_again(tmp_path):
+    """Guards the NotImplementedError of a compression that zipfile does not know."""
+    tar, file = cached_index(tmp_path)
+    whole = file.read_bytes()
+    for at in range(0, len(whole), 37):
+        broken = bytearray(whole)
+        broken[at] ^= 0x55
+        file.write_bytes(bytes(broken))
+        assert open_source(tar).classes == ["x", "y", "z"]
+
+
+def test_index_that_would_grow_is_not_unpacked(tmp_path):
+    tar, file = cached_index(tmp_path)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("names.npy", bytes(50 << 20))
+    assert open_source(tar).classes == ["x", "y", "z"]
+
+
+# Labels
+
+
+@pytest.mark.parametrize("text", ["5000000", "9" * 18])
+def test_a_class_number_does_not_make_millions_of_names(tmp_path, text):
+    image = jpeg(noise(1)[0])
+    members = [("a.jpg", image), ("a.cls", text.encode()), ("b.jpg", image), ("b.cls", b"0")]
+    tar = write_tar(tmp_path / "set.tar", members)
+    with pytest.raises(ValueError, match=f'label {text}: .* without gaps.*labels="none"'):
+        open_source(tar)
+    assert open_source(tar, labels="none").classes is None
+
+
+def test_a_class_of_more_digits_than_a_number_has_is_a_name(tmp_path):
+    members = [("a.jpg", jpeg(noise(1)[0])), ("a.cls", b"7" * 5000)]
+    assert open_source(write_tar(tmp_path / "set.tar", members)).classes == ["7" * 5000]
+
+
+@pytest.mark.parametrize("label", [5_000_000, 2**63 - 1])
+def test_a_label_of_an_array_does_not_make_millions_of_names(label):
+    with pytest.raises(ValueError, match=f"label {label}: .* without gaps"):
+        open_source(np.zeros((2, 4, 4, 3), np.uint8), labels=[0, label])
+
+
+# The ways in
+
+
+RUNS_CODE = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
+LOADERS_OF_CODE = ("pickle", "marshal", "shelve", "dill", "joblib", "yaml")
+
+
+def runs_what_it_reads(name: str, given: dict[str | None, str]) -> bool:
+    """Whether a call of `name` with these keywords may run what a file says."""
+    module, _, function = name.rpartition(".")
+    return (
+        name in RUNS_CODE
+        or (module in LOADERS_OF_CODE and function in ("load", "loads", "load_all", "Unpickler"))
+        or (name == "torch.load" and given.get("weights_only") != "True")
+        or given.get("allow_pickle", "False") != "False"
+        or "shell" in given
+    )
+
+
+def test_nothing_read_from_disk_is_executed():
+    root = Path(bagssl_fast.__file__).parent
+    problems = []
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                name = ast.unparse(node.func)
+                if runs_what_it_reads(name, given):
+                    problems.append(f"{path.relative_to(root)}:{node.lineno}: {name}")
+    assert problems == []
+
+
+def test_the_scan_finds_what_it_looks_for():
+    for call in (
+        "pickle.load(f)",
+        "yaml.load(f)",
+        "eval(x)",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f, allow_pickle=True)",
+        "run(x, shell=True)",
+    ):
+        node = ast.parse(call).body[0].value
+        given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        assert runs_what_it_reads(ast.unparse(node.func), given), call
