@@ -60,21 +60,28 @@ def open_numpy(path: Path, split: str | None = None) -> Source:
     An `.npz` with splits, as MedMNIST's, has `train_images`, `train_labels`, `test_images`, ...;
     `split` chooses one, "train" by default.
     """
+    prefix = f"{split}_" if split else ""
+    labels = classes = None
     try:
         if path.suffix == ".npy":
-            return make_source(np.load(path, mmap_mode="r"), None, None, str(path))
-        with np.load(path, allow_pickle=False) as arrays:
-            prefix = f"{split}_" if split else "" if "images" in arrays else "train_"
-            if f"{prefix}images" not in arrays:
-                name = f"{prefix}images" if split else "images"
-                raise ValueError(f"no array '{name}', only {sorted(arrays)}")
-            labels = arrays.get(f"{prefix}labels")
-            classes = [str(name) for name in arrays.get("classes", ())] or None
-            stem = f"{path}:{split}" if split else str(path)
-            return make_source(arrays[f"{prefix}images"], labels, classes, stem)
-    except (ValueError, OSError, EOFError) as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+            images = np.load(path, mmap_mode="r")
+        else:
+            with np.load(path, allow_pickle=False) as arrays:
+                if not split and "images" not in arrays:
+                    prefix = "train_"
+                if f"{prefix}images" not in arrays:
+                    name = f"{prefix}images" if split else "images"
+                    raise ValueError(f"no array '{name}', only {sorted(arrays)}")
+                parts = [arrays.get(name) for name in (f"{prefix}images", f"{prefix}labels")]
+                if not all(part is None or isinstance(part, np.ndarray) for part in parts):
+                    raise ValueError("a member is not an array")
+                images, labels = parts
+                classes = [str(name) for name in arrays.get("classes", ())] or None
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file has many ways to fail
+        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
+    return make_source(images, labels, classes, f"{path}:{split}" if split else str(path))
 
 
 def open_torchvision(root: Path, split: str) -> Source | None:

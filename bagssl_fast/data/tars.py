@@ -131,7 +131,7 @@ def _merge_classes(indices: Sequence[ShardIndex]) -> tuple[NDArray[np.int64], li
 def _indexed(path: Path, on_error: str) -> ShardIndex:
     """The index of a tar, from the user's cache or made and cached."""
     cached = _cache_file(path)
-    index = _load(cached, path.stat().st_size)
+    index = load_index(cached, path.stat().st_size)
     if index is not None:
         return index
     try:
@@ -150,7 +150,7 @@ def _indexed(path: Path, on_error: str) -> ShardIndex:
         )
     index = _select_images(path, NameTable(raw["names"], raw["name_ends"]), raw)
     if not raw["damage"]:
-        _save(cached, index)
+        save_index(cached, index)
     return index
 
 
@@ -203,7 +203,7 @@ def _cache_file(path: Path) -> Path:
     return Path(base) / "bagssl_fast" / "tar-index" / f"{name}.npz"
 
 
-def _load(file: Path, shard_size: int) -> ShardIndex | None:
+def load_index(file: Path, shard_size: int) -> ShardIndex | None:
     """A cached index; None if it is missing or anything about it is in doubt."""
     try:
         with np.load(file, allow_pickle=False) as saved:
@@ -248,7 +248,7 @@ def _is_sound(index: ShardIndex, shard_size: int) -> bool:
     )
 
 
-def _save(file: Path, index: ShardIndex) -> None:
+def save_index(file: Path, index: ShardIndex) -> None:
     """Caches an index. Where the cache cannot be written, tars are indexed at every opening."""
     meta = json.dumps({"classes": index.classes, "numbered": index.numbered}).encode()
     try:
