@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ def make_source(
     images: NDArray[Any], labels: NDArray[Any] | None, classes: list[str] | None, stem: str
 ) -> Source:
     """Checks shapes and types and wraps them."""
+    images = _as_images(images, stem)
+    native = _C.ArraySource(np.ascontiguousarray(images))
+    return _as_source(native, images.shape, labels, classes, stem)
+
+
+def _as_images(images: NDArray[Any], stem: str) -> NDArray[np.uint8]:
+    """The array as [N, H, W, C], checked."""
     if images.dtype != np.uint8:
         raise ValueError(
             f"{stem}: images must be uint8 with values 0 to 255, got {images.dtype} (convert them, "
@@ -41,28 +49,37 @@ def make_source(
         )
     if len(images) == 0:
         raise ValueError(f"{stem}: the array holds no images")
-    images = np.ascontiguousarray(images)
+    return images
+
+
+def _as_source(
+    native: _C.Source,
+    shape: tuple[int, ...],
+    labels: NDArray[Any] | None,
+    classes: list[str] | None,
+    stem: str,
+) -> Source:
+    count = len(native)
     if labels is not None:
         try:
-            labels, classes = class_labels(labels, len(images), classes)
+            labels, classes = class_labels(labels, count, classes)
         except ValueError as error:
             raise ValueError(f"{stem}: {error}") from None
     # 256 images are enough to distinguish data sets.
-    probe = images[:: max(1, len(images) // 256)][:256]
-    shape = np.array(images.shape, np.int64)
-    mark = fingerprint_of(shape, probe, labels if labels is not None else b"")
-    return Source(_C.ArraySource(images), NumberedNames(stem), labels, classes, mark)
+    probe = [native.read(i) for i in range(0, count, max(1, count // 256))[:256]]
+    parts = [np.array(shape, np.int64), *probe, labels if labels is not None else b""]
+    return Source(native, NumberedNames(stem), labels, classes, fingerprint_of(*parts))
 
 
 def open_numpy(path: Path, split: str | None = None) -> Source:
-    """`.npy` (mapped, not loaded) or `.npz` with `images` and optional `labels`.
+    """`.npy` (read in random access, not loaded) or `.npz` with `images` and optional `labels`.
 
     An `.npz` with splits, as MedMNIST's, has `train_images`, `train_labels`, `test_images`, ...;
     `split` chooses one, "train" by default.
     """
     try:
         if path.suffix == ".npy":
-            return make_source(np.load(path, mmap_mode="r"), None, None, str(path))
+            return _open_npy(path)
         with np.load(path, allow_pickle=False) as arrays:
             prefix = f"{split}_" if split else "" if "images" in arrays else "train_"
             if f"{prefix}images" not in arrays:
@@ -75,6 +92,18 @@ def open_numpy(path: Path, split: str | None = None) -> Source:
     except (ValueError, OSError, EOFError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+
+
+def _open_npy(path: Path) -> Source:
+    """The images where they are. A mapped file that shrinks would end the process by SIGBUS."""
+    mapped = np.load(path, mmap_mode="r")  # its header alone is read
+    if not isinstance(mapped, np.memmap):
+        raise ValueError("not an array in a file")
+    images, offset = _as_images(mapped, str(path)), mapped.offset
+    if not images.flags.c_contiguous:  # in Fortran's order: turned in memory
+        return make_source(np.load(path), None, None, str(path))
+    native = _C.ArrayFileSource(os.fsencode(path), offset, images.shape)
+    return _as_source(native, images.shape, None, None, str(path))
 
 
 def open_torchvision(root: Path, split: str) -> Source | None:

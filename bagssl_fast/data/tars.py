@@ -1,8 +1,9 @@
-"""Tar shards: indexed once, then mapped into memory for random access."""
+"""Tar shards: indexed once, then read in random access."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -27,6 +28,7 @@ from bagssl_fast.data.source import (
 
 _FORMAT = 1  # of a cached index; a new number makes old files unused
 _CLASS_SUFFIX = b".cls"
+_LONGEST_CLASS = 4096  # bytes of its text
 
 
 @dataclass
@@ -161,12 +163,12 @@ def _select_images(path: Path, members: NameTable, raw: dict[str, NDArray[np.int
     }
     texts: list[bytes | None]
     if class_members:
-        contents = np.memmap(path, np.uint8, "r")
         texts = []
-        for i in images:
-            folder, base = os.path.split(names[i])
-            member = class_members.get(os.path.join(folder, base.split(b".")[0]))
-            texts.append(None if member is None else _contents(contents, raw, member).strip())
+        with open(path, "rb", buffering=0) as file:
+            for i in images:
+                folder, base = os.path.split(names[i])
+                member = class_members.get(os.path.join(folder, base.split(b".")[0]))
+                texts.append(None if member is None else _contents(file, raw, member).strip())
     else:
         folders = [os.path.dirname(names[i]) for i in images]
         texts = [os.path.basename(folder).strip(b".") or None for folder in folders]
@@ -181,9 +183,11 @@ def _select_images(path: Path, members: NameTable, raw: dict[str, NDArray[np.int
     )
 
 
-def _contents(file: NDArray[np.uint8], raw: dict[str, NDArray[np.int64]], member: int) -> bytes:
-    begin = int(raw["offsets"][member])
-    return file[begin : begin + int(raw["sizes"][member])].tobytes()
+def _contents(file: io.FileIO, raw: dict[str, NDArray[np.int64]], member: int) -> bytes:
+    size = int(raw["sizes"][member])
+    if size > _LONGEST_CLASS:
+        raise ValueError(f"{file.name!s}: a {_CLASS_SUFFIX.decode()} member of {size} bytes")
+    return os.pread(file.fileno(), size, int(raw["offsets"][member]))
 
 
 def _cache_file(path: Path) -> Path:
