@@ -50,7 +50,7 @@ class PyLoader {
   }
   ~PyLoader() {
     py::gil_scoped_release release;
-    stop_within(kDyingPatience);
+    if (!is_stalled_ && !loader_->stop(-1, kDyingPatience)) loader_->leave_behind();
     loader_.reset();
   }
 
@@ -63,7 +63,10 @@ class PyLoader {
         py::gil_scoped_release release;
         run = loader_->start(plan, first_batch, kTimeout);
       }
-      if (run >= 0) return run;
+      if (run >= 0) {
+        is_stalled_ = false;
+        return run;
+      }
       run_signal_handlers();
     }
   }
@@ -96,8 +99,9 @@ class PyLoader {
   void set_pixels(int slot, Bytes array) { loader_->set_pixels(slot, memory_of(array)); }
 
   /// The images whose reads have not returned within `patience` seconds: their threads are left
-  /// behind.
+  /// behind, and not waited for again.
   std::vector<int64_t> stop(int64_t run, double patience) {
+    if (is_stalled_) return {};
     for (int waited = 0;; waited += kTimeout) {
       {
         py::gil_scoped_release release;
@@ -108,6 +112,7 @@ class PyLoader {
     }
     std::vector<int64_t> images = loader_->unfinished();
     loader_->leave_behind();
+    is_stalled_ = true;
     return images;
   }
 
@@ -122,11 +127,8 @@ class PyLoader {
  private:
   static constexpr int kDyingPatience = 1000;  // ms
 
-  void stop_within(int timeout_ms) {
-    if (!loader_->stop(-1, timeout_ms)) loader_->leave_behind();
-  }
-
   std::shared_ptr<Loader> loader_;
+  bool is_stalled_ = false;  // threads of the latest run were left behind
 };
 
 Sampler parse_sampler(const std::string& name) {
