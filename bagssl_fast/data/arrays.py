@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import pickle
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,47 +130,83 @@ def open_torchvision(root: Path, split: str) -> Source | None:
     return None
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds arrays and plain containers, and refuses everything else, as a pickle can run code."""
+class _PickledDtype:
+    """What a pickle says about a numpy.dtype: its name, of which only uint8's is used."""
 
-    _ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
+    def __init__(self, name: str, *_: Any) -> None:
+        self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        pass  # byte order and fields, of which uint8 has none
+
+
+class _PickledArray:
+    """What a pickle says about a numpy.ndarray, of uint8 values only.
+
+    numpy's own constructors are not called: by a pickle's choice they take bytes for addresses.
+    """
+
+    def __init__(self, *_: Any) -> None:
+        self.pixels = np.zeros(0, np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, by_columns, data = state
+        if not isinstance(dtype, _PickledDtype) or dtype.name not in ("u1", "uint8"):
+            raise pickle.UnpicklingError("it has an array of other values than uint8")
+        flat = np.frombuffer(_encode(data) if isinstance(data, str) else bytes(data), np.uint8)
+        self.pixels = flat.reshape(shape, order="F" if by_columns else "C")
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Bytes as old protocols write them: each byte as a character."""
+    return text.encode("latin1")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Plain containers and uint8 arrays, and nothing else, as a pickle can run code."""
+
+    _STAND_INS: ClassVar[dict[tuple[str, str], Callable[..., Any]]] = {
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
+        ("numpy", "ndarray"): _PickledArray,
+        ("numpy", "dtype"): _PickledDtype,
+        ("_codecs", "encode"): _encode,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        if (module, name) not in self._STAND_INS:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return super().find_class(module, name)
+        return self._STAND_INS[module, name]
 
 
-def _read_pickle(path: Path) -> dict[str, Any]:
+def _read_pickle(path: Path, *keys: str) -> list[Any]:
+    """The values of a pickled dictionary."""
     try:
         with open(path, "rb") as file:
             loaded = _ArrayUnpickler(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a CIFAR batch ({error})") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: not a CIFAR batch (a {type(loaded).__name__})")
-    return loaded
+        return [loaded[key] for key in keys]
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"{path}: not a CIFAR batch ({type(error).__name__}: {error})") from None
 
 
 def _open_cifar(
     folder: Path, files: list[str], label_key: str, meta: str, class_key: str
 ) -> Source:
-    batches = [_read_pickle(folder / name) for name in files]
-    pixels = np.concatenate([batch["data"] for batch in batches])
-    labels = np.concatenate([np.asarray(batch[label_key]) for batch in batches])
-    images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    pixels, labels = [], []
+    for name in files:
+        data, numbers = _read_pickle(folder / name, "data", label_key)
+        if not isinstance(data, _PickledArray) or data.pixels.shape != (len(numbers), 3072):
+            raise ValueError(f"{folder / name}: not a CIFAR batch (no images of 32 x 32, or labels)")
+        pixels.append(data.pixels)
+        labels += numbers
+    images = np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     classes = None
     if (folder / meta).is_file():
-        classes = [str(name) for name in _read_pickle(folder / meta)[class_key]]
-    return make_source(images, labels, classes, str(folder))
+        (names,) = _read_pickle(folder / meta, class_key)
+        classes = [str(name) for name in names]
+    return make_source(images, np.asarray(labels), classes, str(folder))
 
 
 def _find_idx(folder: Path, name: str) -> Path | None:
@@ -179,14 +218,21 @@ def _find_idx(folder: Path, name: str) -> Path | None:
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
     """MNIST's format: two zero bytes, type 8 (uint8), rank, the sizes as big-endian int32, data."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path}: not an idx file of uint8 values")
-    rank = raw[3]
-    shape = np.frombuffer(raw, ">i4", rank, 4).astype(np.int64)
-    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
-    if len(values) != shape.prod():
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:3] != b"\x00\x00\x08":
+                raise ValueError("not an idx file of uint8 values")
+            shape = np.frombuffer(file.read(4 * start[3]), ">i4").tolist()
+            if len(shape) != start[3] or min(shape, default=0) < 0:
+                raise ValueError("not an idx file: its sizes are damaged")
+            # No more than that is unpacked, whatever the file holds.
+            expected = math.prod(shape)
+            values = np.frombuffer(file.read(expected + 1), np.uint8)
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if len(values) != expected:
         raise ValueError(
-            f"{path}: expected {shape.prod()} values, got {len(values)}: is the file truncated?"
+            f"{path}: expected {expected} values, got {len(values)}: is the file truncated?"
         )
     return values.reshape(shape)

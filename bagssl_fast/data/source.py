@@ -30,6 +30,7 @@ _OTHER_SUFFIXES = {
     ".avif",
 }
 ON_ERROR = ("raise", "skip")
+MOST_CLASSES = 1_000_000
 IMAGE_SUFFIXES = _JPEG_SUFFIXES | _OTHER_SUFFIXES
 
 
@@ -221,10 +222,20 @@ def class_labels(
         raise ValueError(f"labels must be integers, got {found.dtype}")
     if found.min() < 0:
         raise ValueError(f"label {found.min()}: classes are counted from 0")
+    check_count(int(found.max()))
     names = [str(name) for name in (range(found.max() + 1) if classes is None else classes)]
     if found.max() >= len(names):
         raise ValueError(f"label {found.max()} has no name: classes has {len(names)} names")
     return found.astype(np.int64), names
+
+
+def check_count(label: int) -> None:
+    """Raises a ValueError for a label that no data set has: each class below it has a name."""
+    if label >= MOST_CLASSES:
+        raise ValueError(
+            f"label {label}: classes are numbered from 0 to {MOST_CLASSES - 1} at most; if these "
+            'are no classes, ignore them (labels="none")'
+        )
 
 
 def check_labels(labels: NDArray[np.int64], names: Names, on_error: str) -> NDArray[np.int64]:

@@ -8,7 +8,6 @@ import json
 import os
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,14 @@ from bagssl_fast._extension import _C
 from bagssl_fast.data.source import (
     NameTable,
     Source,
+    check_count,
     check_labels,
     fingerprint_of,
     is_image_name,
     label_by_text,
 )
 
-_FORMAT = 1  # of a cached index; a new number makes old files unused
+_FORMAT = 2  # of a cached index; a new number makes old files unused
 _CLASS_SUFFIX = b".cls"
 _LONGEST_CLASS = 4096  # bytes of its text
 
@@ -87,9 +87,10 @@ def open_tars(paths: Sequence[Path], on_error: str, labeled: bool = True) -> Sou
     if sum(counts) == 0:
         raise ValueError(f"{paths[0]}: the tar has no image files")
 
-    labels, classes = _merge_classes(indices)
-    if not labeled:
-        labels, classes = np.full_like(labels, -1), []
+    if labeled:
+        labels, classes = _merge_classes(indices)
+    else:
+        labels, classes = np.full(sum(counts), -1, np.int64), []
     names = ShardNames(paths, [index.names for index in indices])
     kept = check_labels(labels, names, on_error)
     shard = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
@@ -114,6 +115,7 @@ def _merge_classes(indices: Sequence[ShardIndex]) -> tuple[NDArray[np.int64], li
     """Labels over all shards. Numbers in `.cls` members are used as labels."""
     texts = sorted({name for index in indices for name in index.classes})
     if texts and all(index.numbered or not index.classes for index in indices):
+        check_count(max(map(int, texts)))
         texts = [str(i) for i in range(max(map(int, texts)) + 1)]
         number = {text: int(text) for index in indices for text in index.classes}
     else:
@@ -130,7 +132,7 @@ def _indexed(path: Path, on_error: str) -> ShardIndex:
     """The index of a tar, from the user's cache or made and cached."""
     cached = _cache_file(path)
     index = _load(cached)
-    if index is not None:
+    if index is not None and _is_sound(index, path.stat().st_size):
         return index
     try:
         raw = _C.index_tar(os.fsencode(path))
@@ -200,7 +202,7 @@ def _cache_file(path: Path) -> Path:
 
 
 def _load(file: Path) -> ShardIndex | None:
-    """A cached index; None if it is missing or cannot be read."""
+    """A cached index; None if it is missing or anything is wrong with the file."""
     try:
         with np.load(file, allow_pickle=False) as saved:
             meta = json.loads(saved["meta"].tobytes())
@@ -212,8 +214,35 @@ def _load(file: Path) -> ShardIndex | None:
                 classes=meta["classes"],
                 numbered=meta["numbered"],
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # zip, zlib, numpy and json raise a dozen kinds; the index is made again
         return None
+
+
+def _is_sound(index: ShardIndex, size: int) -> bool:
+    """Whether an index that was read from a file could be that of a tar of so many bytes."""
+    columns = (index.names.ends, index.offsets, index.sizes, index.labels)
+    if not all(isinstance(c, np.ndarray) and c.dtype == np.int64 and c.ndim == 1 for c in columns):
+        return False
+    if len({len(column) for column in columns}) != 1 or not isinstance(index.numbered, bool):
+        return False
+    classes = index.classes
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return False
+    if index.numbered and not all(name.isdecimal() for name in classes):
+        return False
+    if len(index.sizes) == 0:
+        return True
+    ends = index.names.ends
+    return bool(
+        ends[0] >= 0
+        and (np.diff(ends) >= 0).all()
+        and ends[-1] == len(index.names.blob)
+        and (index.offsets >= 0).all()
+        and (index.sizes >= 0).all()
+        and (index.offsets <= size - index.sizes).all()
+        and (index.labels >= -1).all()
+        and (index.labels < len(classes)).all()
+    )
 
 
 def _save(file: Path, index: ShardIndex) -> None:
