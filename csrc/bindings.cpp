@@ -1,6 +1,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <exception>
+#include <system_error>
+
 #include "simd.h"
 
 namespace bagssl {
@@ -12,7 +15,22 @@ void register_sources(pybind11::module_& m);  // bindings_sources.cpp
 void register_views(pybind11::module_& m);    // bindings_views.cpp
 }  // namespace bagssl
 
+namespace {
+
+/// What the operating system refused, a thread for example, as an OSError.
+void translate_system_error(std::exception_ptr thrown) {
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+  } catch (const std::system_error& error) {
+    const auto arguments = pybind11::make_tuple(error.code().value(), error.what());
+    PyErr_SetObject(PyExc_OSError, arguments.ptr());
+  }
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
+  pybind11::register_exception_translator(&translate_system_error);
   m.doc() = "The C++ data path of bagssl_fast.";
   m.def("simd_levels", &bagssl::simd_levels,
         "The SIMD levels that this machine can run, lowest first.");

@@ -222,8 +222,13 @@ void cut_patch_rows(const Array<uint8_t>& pixels, const Array<int64_t>& offsets,
                     int64_t stride, int center, Array<T> out, int num_threads) {
   const int64_t count = offsets.size();
   Optional<T> target = out;
-  if (lines < 1 || count < 1 || out.size() % (count * lines) != 0) {
+  if (lines < 1 || count < 1 || out.size() < 1 || lines > out.size() / count ||
+      out.size() % (count * lines) != 0) {
     throw std::invalid_argument("patch_rows: expected patches of whole lines");
+  }
+  if (stride < 0 || stride > pixels.size()) {
+    throw std::invalid_argument("patch_rows: the stride is " + std::to_string(stride) +
+                                "; expected 0 or more, within the pixels");
   }
   const PatchRows rows = {input<uint8_t>("patch_rows: pixels", pixels, pixels.size()),
                           input<int64_t>("patch_rows: offsets", offsets, count),
@@ -233,8 +238,9 @@ void cut_patch_rows(const Array<uint8_t>& pixels, const Array<int64_t>& offsets,
                           stride,
                           center};
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t end = rows.offsets[i] + (lines - 1) * stride + rows.length;
-    if (rows.offsets[i] < 0 || end > pixels.size()) {
+    const int64_t offset = rows.offsets[i], last = pixels.size() - rows.length;
+    // Divided, as the product could overflow.
+    if (offset < 0 || offset > last || (stride > 0 && lines - 1 > (last - offset) / stride)) {
       throw std::invalid_argument("patch_rows: patch " + std::to_string(i) +
                                   " lies outside of the pixels");
     }

@@ -1,5 +1,6 @@
 #include "bindings_parse.h"
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <utility>
@@ -126,6 +127,8 @@ ViewOptions parse_view_options(const py::handle& augment, DType dtype) {
 
 std::shared_ptr<py::object> shared_object(py::object object) {
   return {new py::object(std::move(object)), [](py::object* held) {
+            // A thread that was left behind may outlive the interpreter: the object is then gone.
+            if (Py_IsInitialized() == 0) return;
             py::gil_scoped_acquire gil;
             delete held;
           }};
@@ -134,7 +137,7 @@ std::shared_ptr<py::object> shared_object(py::object object) {
 FallbackDecoder fallback_decoder(py::object decoder) {
   if (decoder.is_none()) return {};
   std::shared_ptr<py::object> held = shared_object(std::move(decoder));
-  return [held](const uint8_t* data, size_t size, int64_t max_pixels) {
+  return [held](const uint8_t* data, size_t size, int64_t max_pixels, ByteBuffer& pixels) {
     py::gil_scoped_acquire gil;
     try {
       const auto file = py::memoryview::from_memory(data, static_cast<py::ssize_t>(size));
@@ -142,11 +145,8 @@ FallbackDecoder fallback_decoder(py::object decoder) {
       if (image.ndim() != 3 || image.shape(2) != 3) {
         throw std::runtime_error("the decoder did not return uint8 [H, W, 3]");
       }
-      DecodedImage decoded;
-      decoded.height = image.shape(0);
-      decoded.width = image.shape(1);
-      decoded.pixels.assign(image.data(), image.data() + image.size());
-      return decoded;
+      std::copy_n(image.data(), image.size(), pixels.take(static_cast<size_t>(image.size())));
+      return ImageSize{image.shape(0), image.shape(1)};
     } catch (py::error_already_set& error) {
       throw std::runtime_error(py::str(error.value()).cast<std::string>());
     }

@@ -10,6 +10,13 @@ struct ImageSize {
   int64_t height = 0, width = 0;
 };
 
+/// What an image may cost at most; one that exceeds a limit counts as bad.
+struct Limits {
+  int64_t max_pixels = 178'956'970;        // Pillow's own limit, a quarter of a GiB of RGB
+  int64_t max_bytes = int64_t{256} << 20;  // of its file
+  int max_scans = 500;                     // of a progressive JPEG: time grows with them, not size
+};
+
 /// A rectangle of an image, in pixels.
 struct Box {
   int64_t top = 0, left = 0, height = 0, width = 0;

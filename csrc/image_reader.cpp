@@ -13,17 +13,17 @@ struct ImageReader::Jpeg {
 #endif
 };
 
-ImageReader::ImageReader(FallbackDecoder fallback, int64_t max_pixels)
-    : fallback_(std::move(fallback)), max_pixels_(max_pixels), jpeg_(std::make_unique<Jpeg>()) {}
+ImageReader::ImageReader(FallbackDecoder fallback, const Limits& limits)
+    : fallback_(std::move(fallback)), limits_(limits), jpeg_(std::make_unique<Jpeg>()) {}
 ImageReader::~ImageReader() = default;
 ImageReader::ImageReader(ImageReader&&) noexcept = default;
 
 void ImageReader::check_size(ImageSize size) const {
   if (size.height < 1 || size.width < 1) throw std::runtime_error("the image has no pixels");
-  if (size.height > max_pixels_ / size.width) {
+  if (size.height > limits_.max_pixels / size.width) {
     throw std::runtime_error("an image of " + std::to_string(size.width) + " x " +
                              std::to_string(size.height) + " pixels exceeds the limit of " +
-                             std::to_string(max_pixels_) + " pixels (raise max_pixels)");
+                             std::to_string(limits_.max_pixels) + " pixels (raise max_pixels)");
   }
 }
 
@@ -39,15 +39,14 @@ ImageSize ImageReader::open(const Item& item) {
 #ifdef BAGSSL_WITH_JPEG
   if (looks_like_jpeg(item.data, item.size)) {
     is_native_jpeg_ = true;
-    size_ = jpeg_->decoder.open(item.data, item.size);
+    size_ = jpeg_->decoder.open(item.data, item.size, limits_.max_scans);
     check_size(size_);
     return size_;
   }
 #endif
   if (!fallback_)
     throw std::runtime_error("not a JPEG, and no decoder for other formats was given");
-  decoded_ = fallback_(item.data, item.size, max_pixels_);
-  size_ = {decoded_.height, decoded_.width};
+  size_ = fallback_(item.data, item.size, limits_.max_pixels, pixels_);
   check_size(size_);
   return size_;
 }
@@ -66,16 +65,15 @@ Region ImageReader::decode(const Box& box, int denominator) {
 #endif
   Region region;
   if (!item_.is_pixels()) {
-    region.view = {decoded_.pixels.data(), size_.height, size_.width, size_.width * 3};
+    region.view = {pixels_.data(), size_.height, size_.width, size_.width * 3};
   } else if (item_.channels == 3) {
     region.view = {item_.data, size_.height, size_.width, size_.width * 3};
   } else {
-    gray_as_rgb_.resize(static_cast<size_t>(size_.height * size_.width * 3));
+    uint8_t* rgb = pixels_.take(static_cast<size_t>(size_.height * size_.width * 3));
     for (int64_t i = 0; i < size_.height * size_.width; ++i) {
-      uint8_t* rgb = gray_as_rgb_.data() + 3 * i;
-      rgb[0] = rgb[1] = rgb[2] = item_.data[i];
+      rgb[3 * i] = rgb[3 * i + 1] = rgb[3 * i + 2] = item_.data[i];
     }
-    region.view = {gray_as_rgb_.data(), size_.height, size_.width, size_.width * 3};
+    region.view = {rgb, size_.height, size_.width, size_.width * 3};
   }
   return region;
 }

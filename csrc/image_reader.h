@@ -3,31 +3,26 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <vector>
 
+#include "byte_buffer.h"
 #include "image.h"
 #include "source.h"
 
 namespace bagssl {
 
-/// Pixels [height, width, 3] from another decoder.
-struct DecodedImage {
-  std::vector<uint8_t> pixels;
-  int64_t height = 0, width = 0;
-};
-
-/// Decodes a whole file of a format that this library does not decode itself. It must refuse images
-/// of more than `max_pixels` before allocating memory for them, rotate them upright, and throw
-/// std::runtime_error with the reason if it fails. Called from many threads at once.
-using FallbackDecoder =
-    std::function<DecodedImage(const uint8_t* data, size_t size, int64_t max_pixels)>;
+/// Decodes a whole file of a format that this library does not decode itself into `pixels`, uint8
+/// [height, width, 3]. It must refuse images of more than `max_pixels` before allocating memory for
+/// them, rotate them upright, and throw std::runtime_error with the reason if it fails. Called from
+/// many threads at once.
+using FallbackDecoder = std::function<ImageSize(const uint8_t* data, size_t size,
+                                                int64_t max_pixels, ByteBuffer& pixels)>;
 
 /// Turns stored images into RGB pixels, one at a time: first its size, from which the views are
 /// drawn, then the part that they need. One per thread; its buffers are reused for every image.
 class ImageReader {
  public:
-  /// Images of more than `max_pixels` are refused.
-  ImageReader(FallbackDecoder fallback, int64_t max_pixels);
+  /// Images that exceed `limits` are refused; the source that reads them looks at their bytes.
+  ImageReader(FallbackDecoder fallback, const Limits& limits);
   ~ImageReader();
   ImageReader(ImageReader&&) noexcept;
 
@@ -47,13 +42,12 @@ class ImageReader {
 
   struct Jpeg;
   FallbackDecoder fallback_;
-  int64_t max_pixels_;
+  Limits limits_;
   std::unique_ptr<Jpeg> jpeg_;
   Item item_;
   ImageSize size_;
   bool is_native_jpeg_ = false;
-  DecodedImage decoded_;
-  std::vector<uint8_t> gray_as_rgb_;
+  ByteBuffer pixels_;  // of other decoders, and of gray made RGB
 };
 
 }  // namespace bagssl

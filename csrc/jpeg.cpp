@@ -27,9 +27,13 @@ bool has_native_jpeg() {
 #endif
 }
 
+bool is_exif(const uint8_t* segment, size_t size) {
+  return size >= 6 && std::memcmp(segment, "Exif\0\0", 6) == 0;
+}
+
 int exif_orientation(const uint8_t* segment, size_t size) {
   constexpr int kOrientationTag = 0x0112, kShort = 3;
-  if (size < 14 || std::memcmp(segment, "Exif\0\0", 6) != 0) return 1;
+  if (size < 14 || !is_exif(segment, size)) return 1;
   const uint8_t* tiff = segment + 6;
   const size_t end = size - 6;
   const bool big = tiff[0] == 'M';

@@ -3,8 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <vector>
 
+#include "byte_buffer.h"
 #include "image.h"
 
 namespace bagssl {
@@ -14,6 +14,9 @@ bool looks_like_jpeg(const uint8_t* data, size_t size);
 
 /// Whether this build decodes JPEG itself (libjpeg-turbo was found when it was compiled).
 bool has_native_jpeg();
+
+/// Whether the contents of an APP1 segment are EXIF; XMP stands in such segments, too.
+bool is_exif(const uint8_t* segment, size_t size);
 
 /// EXIF's orientation, 1 (upright) to 8, of the contents of an APP1 segment; 1 where it has none.
 int exif_orientation(const uint8_t* segment, size_t size);
@@ -34,8 +37,9 @@ class JpegDecoder {
   JpegDecoder& operator=(const JpegDecoder&) = delete;
 
   /// Reads the header of a file, which must stay in place until `decode` has returned. Returns its
-  /// size as it is to be seen: turned upright as EXIF says.
-  ImageSize open(const uint8_t* data, size_t size);
+  /// size as it is to be seen: turned upright as EXIF says. `decode` refuses a file of more than
+  /// `max_scans` scans: each one is a pass over the whole image, however few bytes it has.
+  ImageSize open(const uint8_t* data, size_t size, int max_scans);
 
   /// Decodes the part of the opened image that `box` (in upright pixels, within the image) covers.
   /// Rows below it are not decoded, columns and rows around it cost next to nothing.
@@ -48,12 +52,13 @@ class JpegDecoder {
   struct State;  // libjpeg's structs
   Region decode_stored(const Box& box);
   void check_complete();
+  [[noreturn]] void fail();
 
   std::unique_ptr<State> state_;
   int orientation_ = 1;
   ImageSize stored_;
   bool has_end_marker_ = false;
-  std::vector<uint8_t> pixels_, upright_, inks_, spare_row_;
+  ByteBuffer pixels_, upright_, inks_, spare_row_;
 };
 
 #endif  // BAGSSL_WITH_JPEG

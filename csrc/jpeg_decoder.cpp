@@ -30,6 +30,8 @@ struct ErrorManager {
   jmp_buf back;
   bool data_ended;    // the file was over before the image was
   bool data_missing;  // and pixels were made up in its place
+  int max_scans;
+  bool has_too_many_scans;
 };
 
 ErrorManager* manager_of(j_common_ptr info) { return reinterpret_cast<ErrorManager*>(info->err); }
@@ -41,6 +43,14 @@ void note_warning(j_common_ptr info, int level) {
 }
 
 void print_nothing(j_common_ptr) {}
+
+/// Called while a file of several scans is read, before any pixel is made.
+void check_scans(j_common_ptr info) {
+  ErrorManager& errors = *manager_of(info);
+  if (reinterpret_cast<j_decompress_ptr>(info)->input_scan_number <= errors.max_scans) return;
+  errors.has_too_many_scans = true;
+  jump_back(info);
+}
 
 // A source manager for bytes in memory. Where they end, an end marker is put in their place, as
 // libjpeg's own does, but quietly: a file that lacks only its end marker is complete.
@@ -106,6 +116,7 @@ struct JpegDecoder::State {
   jpeg_decompress_struct info;
   ErrorManager errors;
   jpeg_source_mgr source;
+  jpeg_progress_mgr progress = {};
 
   std::string message() {
     char text[JMSG_LENGTH_MAX];
@@ -119,13 +130,19 @@ struct JpegDecoder::State {
   bool read_header(const uint8_t* data, size_t size) {
     if (setjmp(errors.back)) return false;
     jpeg_abort_decompress(&info);
-    errors.data_ended = errors.data_missing = false;
+    errors.data_ended = errors.data_missing = errors.has_too_many_scans = false;
     errors.base.num_warnings = 0;
     source.next_input_byte = data;
     source.bytes_in_buffer = size;
     info.src = &source;
     jpeg_read_header(&info, TRUE);
     return true;
+  }
+
+  /// Gives back what decoding the image took, which for a progressive one is three times its size.
+  void finish() {
+    if (setjmp(errors.back)) return;
+    jpeg_abort_decompress(&info);
   }
 
   bool start(int denominator) {
@@ -189,19 +206,22 @@ JpegDecoder::JpegDecoder() : state_(std::make_unique<State>()) {
   s.source.skip_input_data = skip_source;
   s.source.resync_to_restart = jpeg_resync_to_restart;
   s.source.term_source = begin_source;
+  s.progress.progress_monitor = check_scans;
+  s.info.progress = &s.progress;
 }
 
 JpegDecoder::~JpegDecoder() { jpeg_destroy_decompress(&state_->info); }
 
-ImageSize JpegDecoder::open(const uint8_t* data, size_t size) {
+ImageSize JpegDecoder::open(const uint8_t* data, size_t size, int max_scans) {
   State& s = *state_;
+  s.errors.max_scans = max_scans;
   if (!s.read_header(data, size)) {
     throw std::runtime_error(s.errors.data_ended ? "truncated JPEG: it ends within its header"
                                                  : "damaged JPEG: " + s.message());
   }
   orientation_ = 1;
   for (jpeg_saved_marker_ptr marker = s.info.marker_list; marker; marker = marker->next) {
-    if (marker->marker != kExifMarker) continue;
+    if (marker->marker != kExifMarker || !is_exif(marker->data, marker->data_length)) continue;
     orientation_ = exif_orientation(marker->data, marker->data_length);
     break;
   }
@@ -212,7 +232,7 @@ ImageSize JpegDecoder::open(const uint8_t* data, size_t size) {
 
 Region JpegDecoder::decode(const Box& box, int denominator) {
   State& s = *state_;
-  if (!s.start(denominator)) throw std::runtime_error("damaged JPEG: " + s.message());
+  if (!s.start(denominator)) fail();
   const ImageSize scaled = {s.info.output_height, s.info.output_width};
   const ImageSize turned = upright_size(scaled, orientation_);
 
@@ -227,18 +247,18 @@ Region JpegDecoder::decode(const Box& box, int denominator) {
   region.denominator = denominator;
   if (orientation_ == 1) return region;
 
-  upright_.resize(static_cast<size_t>(needed.height * needed.width * 3));
+  uint8_t* upright = upright_.take(static_cast<size_t>(needed.height * needed.width * 3));
   for (int64_t y = 0; y < needed.height; ++y) {
     for (int64_t x = 0; x < needed.width; ++x) {
       int64_t from_y, from_x;
       to_stored(orientation_, scaled, needed.top + y, needed.left + x, &from_y, &from_x);
-      std::memcpy(upright_.data() + (y * needed.width + x) * 3,
+      std::memcpy(upright + (y * needed.width + x) * 3,
                   region.view.data + (from_y - region.top) * region.view.row_stride +
                       (from_x - region.left) * 3,
                   3);
     }
   }
-  region.view = {upright_.data(), needed.height, needed.width, needed.width * 3};
+  region.view = {upright, needed.height, needed.width, needed.width * 3};
   region.top = needed.top;
   region.left = needed.left;
   return region;
@@ -253,7 +273,7 @@ Region JpegDecoder::decode_stored(const Box& box) {
   JDIMENSION crop_width = static_cast<JDIMENSION>(
       std::min(full_width, box.left + box.width + kMargin) - static_cast<int64_t>(crop_left));
   if (crop_width < full_width) {
-    if (!s.crop(&crop_left, &crop_width)) throw std::runtime_error("damaged JPEG: " + s.message());
+    if (!s.crop(&crop_left, &crop_width)) fail();
     left = crop_left;
     width = s.info.output_width;
   }
@@ -261,28 +281,36 @@ Region JpegDecoder::decode_stored(const Box& box) {
   if (top < kWorthSkipping) top = 0;
   const int64_t bottom = box.top + box.height;
   const bool has_inks = s.info.out_color_space == JCS_CMYK;
-  const auto bytes = static_cast<size_t>((bottom - top) * width * 3);
-  if (pixels_.size() < bytes) pixels_.resize(bytes);  // growing fills with zeros: only once
-  if (has_inks) inks_.resize(static_cast<size_t>(kRowsPerCall * width * 4));
-
   const int64_t stride = width * 3;
-  uint8_t* const inks = has_inks ? inks_.data() : nullptr;
+  uint8_t* const pixels = pixels_.take(static_cast<size_t>((bottom - top) * stride));
+  uint8_t* const inks =
+      has_inks ? inks_.take(static_cast<size_t>(kRowsPerCall * width * 4)) : nullptr;
   bool good = s.skip_to(static_cast<JDIMENSION>(top)) &&
-              s.read_rows(pixels_.data(), stride, bottom - top, inks);
+              s.read_rows(pixels, stride, bottom - top, inks);
   // What follows the last row is not decoded, unless the file may end before the image does.
   if (good && !has_end_marker_ && bottom < height) {
-    spare_row_.resize(static_cast<size_t>(stride));
     good = s.skip_to(static_cast<JDIMENSION>(height - 1)) &&
-           s.read_rows(spare_row_.data(), stride, 1, inks);
+           s.read_rows(spare_row_.take(static_cast<size_t>(stride)), stride, 1, inks);
   }
-  if (!good) throw std::runtime_error("damaged JPEG: " + s.message());
+  if (!good) fail();
   check_complete();
+  s.finish();
 
   Region region;
-  region.view = {pixels_.data(), bottom - top, width, stride};
+  region.view = {pixels, bottom - top, width, stride};
   region.top = top;
   region.left = left;
   return region;
+}
+
+void JpegDecoder::fail() {
+  const ErrorManager& errors = state_->errors;
+  const std::string text =
+      errors.has_too_many_scans
+          ? "a JPEG of more than " + std::to_string(errors.max_scans) + " scans (raise max_scans)"
+          : "damaged JPEG: " + state_->message();
+  state_->finish();
+  throw std::runtime_error(text);
 }
 
 void JpegDecoder::check_complete() {

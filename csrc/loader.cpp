@@ -1,92 +1,38 @@
 #include "loader.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <condition_variable>
-#include <exception>
-#include <mutex>
 #include <stdexcept>
-#include <thread>
+#include <system_error>
+
+#include "loader_run.h"
 
 namespace bagssl {
-namespace {
-
-/// After this many bad images in a row the data set as a whole is at fault.
-constexpr int kMaxReplacements = 1000;
-
-/// Brings boxes that were drawn on the whole image to the part of it that was decoded.
-void move_boxes(const Region& region, std::vector<ViewParams>* table) {
-  for (ViewParams& params : *table) {
-    if (region.denominator > 1) {
-      // The nearest whole box of the smaller image.
-      const float scale = static_cast<float>(region.denominator);
-      const float end_y = params.top + params.height, end_x = params.left + params.width;
-      params.top = std::floor(params.top / scale + 0.5f);
-      params.left = std::floor(params.left / scale + 0.5f);
-      params.height = std::max(1.0f, std::floor(end_y / scale + 0.5f) - params.top);
-      params.width = std::max(1.0f, std::floor(end_x / scale + 0.5f) - params.left);
-      const float last_y = static_cast<float>(region.top + region.view.height);
-      const float last_x = static_cast<float>(region.left + region.view.width);
-      params.top = std::min(params.top, last_y - params.height);
-      params.left = std::min(params.left, last_x - params.width);
-    }
-    params.top -= static_cast<float>(region.top);
-    params.left -= static_cast<float>(region.left);
-  }
-}
-
-}  // namespace
-
-struct Loader::Worker {
-  Worker(const FallbackDecoder& fallback, int64_t max_pixels) : reader(fallback, max_pixels) {}
-  ImageReader reader;
-  Scratch scratch;
-  std::vector<uint8_t> file;
-  std::vector<ViewParams> params;
-};
-
-struct Loader::Slot {
-  int64_t remaining = 0;
-  int64_t pixel_bytes = 0;
-  std::vector<std::pair<int64_t, std::vector<uint8_t>>> outside;  // did not fit: offset, pixels
-  std::vector<int64_t> indices;
-  std::vector<std::pair<int64_t, BadImage>> skipped;  // with their rows
-  int64_t error_row = -1;
-  BadImage error;
-};
-
-struct Loader::Run {
-  std::mutex mutex;
-  std::condition_variable room, ready;
-  int64_t next_batch = 0, next_row = 0;  // the next row to make
-  int64_t released = 0;                  // batches whose slots may be reused
-  int64_t num_batches = 0;
-  bool stop = false;
-  std::vector<Slot> slots;
-  std::vector<std::thread> threads;
-};
 
 Loader::Loader(std::shared_ptr<const Source> source, LoaderOptions options,
-               std::vector<void*> slots, std::vector<int64_t> subset, FallbackDecoder fallback)
+               std::vector<Memory> slots, std::vector<int64_t> subset, FallbackDecoder fallback)
     : source_(std::move(source)),
       options_(std::move(options)),
       slots_(std::move(slots)),
       pixels_(slots_.size()),
       subset_(std::move(subset)),
       fallback_(std::move(fallback)),
-      pid_(getpid()) {
-  if (options_.patches < 1) throw std::invalid_argument("patches must be at least 1");
+      state_(std::make_unique<State>()) {
+  if (!source_) throw std::invalid_argument("there is no source");
+  if (options_.patches < 1 || options_.patches >= 1 << 24) {  // a view is drawn from 24 bits of it
+    throw std::invalid_argument("patches must be from 1 to 2^24 - 1");
+  }
   if (options_.threads < 1) throw std::invalid_argument("threads must be at least 1");
   if (options_.batches_ahead < 1) throw std::invalid_argument("batches_ahead must be at least 1");
-  if (static_cast<int>(slots_.size()) != options_.batches_ahead + kHeldBatches) {
+  if (static_cast<int64_t>(slots_.size()) != int64_t{options_.batches_ahead} + kHeldBatches) {
     throw std::invalid_argument("expected batches_ahead + " + std::to_string(kHeldBatches) +
                                 " slots, got " + std::to_string(slots_.size()));
   }
   if (options_.augments.empty() || options_.augments.size() != options_.views.size()) {
     throw std::invalid_argument("expected one view description per augmentation");
+  }
+  if (options_.skip_bad && subset_.empty()) {
+    throw std::invalid_argument("bad images are replaced by others of subset, which is empty");
   }
   for (const AugmentSpec& spec : options_.augments) check_spec(spec);
   const ViewOptions& first = options_.views[0];
@@ -98,287 +44,271 @@ Loader::Loader(std::shared_ptr<const Source> source, LoaderOptions options,
     }
   }
   patch_bytes_ = int64_t{first.out_h} * first.out_w * 3 * dtype_size(first.dtype);
+  constexpr int64_t kViewBytes = sizeof(ViewParams), kImageBytes = 16;  // offset, height, width
+  const int64_t row_bytes = options_.cut ? options_.patches * patch_bytes_
+                                         : options_.patches * kViewBytes + kImageBytes;
+  slot_rows_ = slots_[0].capacity / row_bytes;
+  for (const Memory& slot : slots_) slot_rows_ = std::min(slot_rows_, slot.capacity / row_bytes);
 }
 
-Loader::~Loader() { stop(); }
+Loader::~Loader() = default;
 
-int64_t Loader::batch_begin(int64_t batch) const {
-  return batch == 0 ? 0 : plan_.batch_ends[batch - 1];
+std::shared_ptr<Loader::Run> Loader::current() const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->run;
 }
 
-int64_t Loader::batch_rows(int64_t batch) const {
-  return plan_.batch_ends[batch] - batch_begin(batch);
+int Loader::slot_of(const Run& run, int64_t batch) const {
+  return static_cast<int>((run.first_position + batch) % static_cast<int64_t>(slots_.size()));
 }
 
-void Loader::start(EpochPlan plan, int64_t first_batch) {
-  stop();
-  plan_ = std::move(plan);
+void Loader::check_plan(const EpochPlan& plan, int64_t first_batch) const {
   int64_t begin = 0;
-  for (int64_t end : plan_.batch_ends) {
-    if (end < begin || end > static_cast<int64_t>(plan_.rows.size())) {
+  for (int64_t end : plan.batch_ends) {
+    if (end < begin || end > static_cast<int64_t>(plan.rows.size())) {
       throw std::invalid_argument("batch_ends must rise and end within the rows");
+    }
+    if (end - begin > slot_rows_) {
+      throw std::invalid_argument("a batch of " + std::to_string(end - begin) +
+                                  " images does not fit into slots with room for " +
+                                  std::to_string(slot_rows_));
     }
     begin = end;
   }
-  for (int64_t row : plan_.rows) {
+  if (first_batch < 0 || first_batch > static_cast<int64_t>(plan.batch_ends.size())) {
+    throw std::invalid_argument("first_batch is " + std::to_string(first_batch) + " of " +
+                                std::to_string(plan.batch_ends.size()));
+  }
+  for (int64_t row : plan.rows) {
     if (row < 0 || row >= source_->size()) {
       throw std::invalid_argument("index " + std::to_string(row) + " of a data set of " +
                                   std::to_string(source_->size()) + " images");
     }
   }
-  taken_ = first_batch;
-  run_threads();
 }
 
-void Loader::run_threads() {
-  run_ = std::make_unique<Run>();
-  pid_ = getpid();
-  Run& run = *run_;
-  run.num_batches = static_cast<int64_t>(plan_.batch_ends.size());
-  run.next_batch = run.released = taken_;
-  run.slots.resize(slots_.size());
+int64_t Loader::start(const EpochPlan& plan, int64_t first_batch, int timeout_ms) {
+  check_plan(plan, first_batch);
+  std::lock_guard<std::mutex> control(state_->control);
+  if (!end_run(current(), timeout_ms)) return -1;
+  const auto run = std::make_shared<Run>();
+  run->plan = plan;
+  run->taken = run->next_batch = first_batch;
+  run->first_position = state_->position - first_batch;
+  run->slots.resize(slots_.size());
+  run->id = ++state_->runs;
+  run_threads(run);
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->run = run;
+  return run->id;
+}
+
+void Loader::run_threads(const std::shared_ptr<Run>& run) {
   while (static_cast<int>(workers_.size()) < options_.threads) {
-    workers_.push_back(std::make_unique<Worker>(fallback_, options_.max_pixels));
+    workers_.push_back(std::make_unique<Worker>(fallback_, options_.limits));
   }
+  const auto self = shared_from_this();
   for (int i = 0; i < options_.threads; ++i) {
-    run.threads.emplace_back([this, &run, i] { work(run, *workers_[i]); });
+    {
+      std::lock_guard<std::mutex> lock(run->mutex);
+      ++run->alive;
+    }
+    try {
+      run->threads.emplace_back([self, run, i] { self->work(*run, *self->workers_[i]); });
+    } catch (const std::system_error& error) {
+      {
+        std::lock_guard<std::mutex> lock(run->mutex);
+        --run->alive;
+      }
+      while (!end_run(run, 1000)) {
+      }
+      throw std::system_error(error.code(), "cannot start thread " + std::to_string(i + 1) +
+                                                " of a loader's " +
+                                                std::to_string(options_.threads) +
+                                                " (use fewer, by num_threads)");
+    }
   }
 }
 
-void Loader::stop() {
-  if (!run_) return;
-  if (pid_ != getpid()) {
-    // A child of fork() has none of these threads, and they may hold its locks forever.
-    static_cast<void>(run_.release());
-    for (std::unique_ptr<Worker>& worker : workers_) static_cast<void>(worker.release());
-    workers_.clear();
-    return;
-  }
+/// With `control` held: stops a run and takes it out of use. False if its threads are not done.
+bool Loader::end_run(const std::shared_ptr<Run>& run, int timeout_ms) {
+  if (!run) return true;
+  int64_t position;
   {
-    std::lock_guard<std::mutex> lock(run_->mutex);
-    run_->stop = true;
+    std::unique_lock<std::mutex> lock(run->mutex);
+    run->stop = true;
+    run->room.notify_all();
+    run->ready.notify_all();
+    const auto is_over = [&] { return run->alive == 0; };
+    if (!run->ended.wait_for(lock, std::chrono::milliseconds(timeout_ms), is_over)) return false;
+    position = run->first_position + run->taken;
   }
-  run_->room.notify_all();
-  for (std::thread& thread : run_->threads) thread.join();
-  run_.reset();
+  for (std::thread& thread : run->threads) thread.join();
+  run->threads.clear();
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  if (state_->run == run) {
+    state_->run.reset();
+    state_->position = position;
+  }
+  return true;
 }
 
-Loader::Status Loader::next(int timeout_ms, Batch* batch) {
-  if (!run_) return Status::kEnd;
-  if (pid_ != getpid()) {
-    stop();
-    run_threads();
+bool Loader::stop(int64_t id, int timeout_ms) {
+  const std::shared_ptr<Run> run = current();
+  if (!run || (id >= 0 && run->id != id)) return true;
+  std::lock_guard<std::mutex> control(state_->control);
+  return current() != run || end_run(run, timeout_ms);
+}
+
+std::vector<int64_t> Loader::unfinished() const {
+  std::lock_guard<std::mutex> control(state_->control);
+  std::vector<int64_t> images;
+  for (const std::unique_ptr<Worker>& worker : workers_) {
+    const int64_t index = worker->index;
+    if (index >= 0) images.push_back(index);
   }
-  Run& run = *run_;
-  if (taken_ == run.num_batches) {
-    stop();
-    return Status::kEnd;
-  }
-  const int slot_index = static_cast<int>(taken_ % static_cast<int64_t>(slots_.size()));
+  return images;
+}
+
+void Loader::leave_behind() {
+  std::lock_guard<std::mutex> control(state_->control);
+  const std::shared_ptr<Run> run = current();
+  if (!run) return;
+  for (std::thread& thread : run->threads) thread.detach();
+  run->threads.clear();
+}
+
+Loader::Status Loader::next(int64_t id, int timeout_ms, Batch* batch) {
+  const std::shared_ptr<Run> run = current();
+  if (!run || run->id != id) return Status::kStopped;
   {
-    std::unique_lock<std::mutex> lock(run.mutex);
-    Slot& slot = run.slots[slot_index];
-    const auto is_made = [&] { return run.next_batch > taken_ && slot.remaining == 0; };
-    if (!run.ready.wait_for(lock, std::chrono::milliseconds(timeout_ms), is_made)) {
+    std::unique_lock<std::mutex> lock(run->mutex);
+    const auto is_over = [&] { return run->taken == run->num_batches(); };
+    const auto is_made = [&] {
+      return run->next_batch > run->taken && run->slots[slot_of(*run, run->taken)].remaining == 0;
+    };
+    const auto has_news = [&] { return run->stop || is_over() || is_made(); };
+    if (run->alive == 0 && !has_news()) {  // a child of fork()
+      lock.unlock();
+      std::lock_guard<std::mutex> control(state_->control);
+      if (run->threads.empty() && current() == run) run_threads(run);
       return Status::kWaiting;
     }
-    std::sort(slot.skipped.begin(), slot.skipped.end(),
-              [](const auto& a, const auto& b) { return a.first < b.first; });
-    for (auto& [row, bad] : slot.skipped) {
-      if (skipped_indices_.insert(bad.index).second) skipped_.push_back(std::move(bad));
+    if (!run->ready.wait_for(lock, std::chrono::milliseconds(timeout_ms), has_news)) {
+      return Status::kWaiting;
     }
-    batch->slot = slot_index;
-    batch->pixel_bytes = slot.pixel_bytes;
-    batch->indices = std::move(slot.indices);
-    batch->error = std::move(slot.error);
-    ++taken_;
-    run.released = std::max<int64_t>(run.released, taken_ - kHeldBatches);
+    if (run->stop) return Status::kStopped;
+    if (!is_over()) {
+      take(*run, batch);
+      return Status::kReady;
+    }
   }
-  run.room.notify_all();
-  return Status::kReady;
+  while (!stop(id, timeout_ms)) {  // the threads are past their last read
+  }
+  return Status::kEnd;
 }
 
-void Loader::move_pixels(int slot_index, PixelBuffer buffer) {
-  if (!run_ || taken_ == 0 || slot_index != (taken_ - 1) % static_cast<int64_t>(slots_.size())) {
-    throw std::invalid_argument("only the slot of the latest batch may get another buffer");
+/// With the run's lock held.
+void Loader::take(Run& run, Batch* batch) {
+  batch->slot = slot_of(run, run.taken);
+  Slot& slot = run.slots[batch->slot];
+  std::sort(slot.skipped.begin(), slot.skipped.end(),
+            [](const auto& a, const auto& b) { return a.first < b.first; });
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    for (auto& [row, bad] : slot.skipped) {
+      if (!state_->skipped_indices.insert(bad.index).second) continue;
+      state_->skipped.push_back(std::move(bad));
+    }
   }
-  Slot& slot = run_->slots[slot_index];  // the consumer owns it until the next batch is taken
-  PixelBuffer& old = pixels_[slot_index];
-  if (buffer.capacity < std::max(slot.pixel_bytes, old.capacity)) {
-    throw std::invalid_argument("a buffer of " + std::to_string(buffer.capacity) +
+  batch->pixel_bytes = slot.pixel_bytes;
+  batch->indices = std::move(slot.indices);
+  batch->error = std::move(slot.error);
+  ++run.taken;
+  run.room.notify_all();
+}
+
+std::vector<BadImage> Loader::skipped() const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->skipped;
+}
+
+/// Batches that were taken so far.
+int64_t Loader::position() const {
+  const std::shared_ptr<Run> run = current();
+  if (!run) {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    return state_->position;
+  }
+  std::lock_guard<std::mutex> lock(run->mutex);
+  return run->first_position + run->taken;
+}
+
+void Loader::check_held(int slot) const {
+  const int64_t end = position();
+  for (int64_t held = std::max<int64_t>(0, end - kHeldBatches); held < end; ++held) {
+    if (held % static_cast<int64_t>(slots_.size()) == slot) return;
+  }
+  throw std::invalid_argument("slot " + std::to_string(slot) + " is not that of a held batch");
+}
+
+void Loader::set_slot(int slot, Memory memory) {
+  check_held(slot);
+  if (memory.capacity < slots_[slot].capacity) {
+    throw std::invalid_argument("a slot of " + std::to_string(slots_[slot].capacity) +
+                                " bytes may not become smaller");
+  }
+  slots_[slot] = std::move(memory);
+}
+
+void Loader::set_pixels(int slot, Memory memory) {
+  check_held(slot);
+  pixels_[slot] = std::move(memory);
+}
+
+bool Loader::move_pixels(int64_t id, int slot_index, Memory memory) {
+  const std::shared_ptr<Run> run = current();
+  if (!run || run->id != id) return false;
+  check_held(slot_index);
+  Slot& slot = run->slots[slot_index];  // nobody else's until two more batches were taken
+  const Memory& old = pixels_[slot_index];
+  if (memory.capacity < std::max(slot.pixel_bytes, old.capacity)) {
+    throw std::invalid_argument("a buffer of " + std::to_string(memory.capacity) +
                                 " bytes is too small for the batch's " +
                                 std::to_string(slot.pixel_bytes));
   }
-  std::copy_n(old.data, std::min(old.capacity, slot.pixel_bytes), buffer.data);
+  std::copy_n(old.data, std::min(old.capacity, slot.pixel_bytes), memory.data);
   for (const auto& [offset, pixels] : slot.outside) {
-    std::copy(pixels.begin(), pixels.end(), buffer.data + offset);
+    std::copy(pixels.begin(), pixels.end(), memory.data + offset);
   }
   slot.outside.clear();
-  old = buffer;
+  pixels_[slot_index] = std::move(memory);
+  return true;
 }
 
-void Loader::work(Run& run, Worker& worker) {
-  int64_t batch, row;
-  while (take_row(run, &batch, &row)) {
-    make_row(run, worker, batch, row);
-    std::lock_guard<std::mutex> lock(run.mutex);
-    if (--run.slots[batch % slots_.size()].remaining == 0) run.ready.notify_one();
+void Loader::after_fork() {
+  // What threads of the parent may have been changing or hold locked is left as it is, for ever.
+  State* const old = state_.release();
+  state_ = std::make_unique<State>();
+  state_->runs = old->runs;
+  state_->position = old->position;
+  if (old->mutex.try_lock()) {
+    state_->skipped = old->skipped;
+    state_->skipped_indices = old->skipped_indices;
   }
-}
-
-/// Waits for a row to make and takes it; false when there is none left.
-bool Loader::take_row(Run& run, int64_t* batch, int64_t* row) {
-  const int64_t num_slots = static_cast<int64_t>(slots_.size());
-  std::unique_lock<std::mutex> lock(run.mutex);
-  while (true) {
-    run.room.wait(lock, [&] {
-      return run.stop || run.next_batch == run.num_batches || run.next_row > 0 ||
-             run.next_batch < run.released + num_slots;
-    });
-    if (run.stop || run.next_batch == run.num_batches) return false;
-    const int64_t rows = batch_rows(run.next_batch);
-    if (run.next_row == 0) {
-      Slot& slot = run.slots[run.next_batch % num_slots];
-      slot = Slot();
-      slot.remaining = rows;
-      slot.indices.resize(static_cast<size_t>(rows));
-    }
-    *batch = run.next_batch;
-    *row = run.next_row++;
-    if (run.next_row >= rows) {
-      ++run.next_batch;
-      run.next_row = 0;
-      // Threads may be waiting for the end of the plan, the consumer for a batch without rows.
-      run.room.notify_all();
-      run.ready.notify_one();
-    }
-    if (rows > 0) return true;
-  }
-}
-
-void Loader::make_row(Run& run, Worker& worker, int64_t batch, int64_t row) {
-  Slot& slot = run.slots[batch % slots_.size()];
-  const int64_t first = plan_.rows[batch_begin(batch) + row];
-  int64_t index = first;
-  BadImage error;
-  for (int replaced = 1;; ++replaced) {
-    try {
-      make_bag(run, worker, index, batch, row);
-      break;
-    } catch (const std::runtime_error& bad) {  // of the image
-      if (!options_.skip_bad) {
-        error = {index, bad.what()};
-        break;
-      }
-      {
-        std::lock_guard<std::mutex> lock(run.mutex);
-        slot.skipped.push_back({row, {index, bad.what()}});
-      }
-      index = replacement(index);
-      if (index == first || replaced == kMaxReplacements) {
-        error = {first, "none of the " + std::to_string(replaced) +
-                            " images from this one on can be decoded; the last one: " + bad.what()};
-        break;
-      }
-    } catch (const std::exception& failure) {  // of the options, or of memory
-      error = {index, failure.what()};
-      break;
-    }
-  }
-  std::lock_guard<std::mutex> lock(run.mutex);
-  slot.indices[row] = index;
-  // Of several errors, the first row's is reported, whichever thread came first.
-  if (error.index >= 0 && (slot.error_row < 0 || row < slot.error_row)) {
-    slot.error_row = row;
-    slot.error = std::move(error);
-  }
-}
-
-void Loader::make_bag(Run& run, Worker& worker, int64_t index, int64_t batch, int64_t row) {
-  const ImageSize size = worker.reader.open(source_->read(index, worker.file));
-  worker.params.resize(static_cast<size_t>(options_.patches));
-  int64_t top = size.height, left = size.width, bottom = 0, right = 0;
-  double least_shrinking = 1e9;  // of a crop box to its patch
-  for (int64_t p = 0; p < options_.patches; ++p) {
-    const ViewParams& params = worker.params[p] = draw(size, index, p);
-    const ViewOptions& view = options_.views[p % options_.views.size()];
-    top = std::min(top, static_cast<int64_t>(params.top));
-    left = std::min(left, static_cast<int64_t>(params.left));
-    bottom = std::max(bottom, static_cast<int64_t>(params.top + params.height));
-    right = std::max(right, static_cast<int64_t>(params.left + params.width));
-    least_shrinking = std::min(
-        {least_shrinking, double{params.height} / view.out_h, double{params.width} / view.out_w});
-  }
-  int denominator = 1;
-  while (options_.dct_scaling && denominator < 8 && least_shrinking >= 2 * denominator) {
-    denominator *= 2;
-  }
-
-  const Region region = worker.reader.decode({top, left, bottom - top, right - left}, denominator);
-  move_boxes(region, &worker.params);
-  if (!options_.cut) {
-    hand_over(run, worker, region.view, batch, row);
-    return;
-  }
-  const int64_t rows = batch_rows(batch);
-  char* const patches = static_cast<char*>(slots_[batch % slots_.size()]);
-  for (int64_t p = 0; p < options_.patches; ++p) {
-    patch_view(region.view, worker.params[p], options_.views[p % options_.views.size()],
-               patches + (p * rows + row) * patch_bytes_, worker.scratch);
-  }
-}
-
-/// Writes a row's image and views into the slot, where the images before it end.
-void Loader::hand_over(Run& run, const Worker& worker, const ImageView& image, int64_t batch,
-                       int64_t row) {
-  const size_t slot_index = static_cast<size_t>(batch) % slots_.size();
-  const PixelBuffer buffer = pixels_[slot_index];
-  const int64_t line = image.width * 3, bytes = image.height * line;
-  int64_t offset = 0;
-  uint8_t* out = nullptr;
-  {
-    std::lock_guard<std::mutex> lock(run.mutex);
-    Slot& slot = run.slots[slot_index];
-    offset = slot.pixel_bytes;
-    slot.pixel_bytes += bytes;
-    if (slot.pixel_bytes <= buffer.capacity) {
-      out = buffer.data + offset;
-    } else {
-      slot.outside.emplace_back(offset, std::vector<uint8_t>(static_cast<size_t>(bytes)));
-      out = slot.outside.back().second.data();  // stays where it is when its vector moves
-    }
-  }
-  for (int64_t y = 0; y < image.height; ++y) {
-    std::copy_n(image.data + y * image.row_stride, line, out + y * line);
-  }
-  const int64_t rows = batch_rows(batch), patches = options_.patches;
-  auto* const params = static_cast<ViewParams*>(slots_[slot_index]);
-  auto* const offsets = reinterpret_cast<int64_t*>(params + patches * rows);
-  auto* const sides = reinterpret_cast<int32_t*>(offsets + rows);
-  for (int64_t p = 0; p < patches; ++p) params[p * rows + row] = worker.params[p];
-  offsets[row] = offset;
-  sides[row] = static_cast<int32_t>(image.height);
-  sides[rows + row] = static_cast<int32_t>(image.width);
-}
-
-ViewParams Loader::draw(ImageSize size, int64_t index, int64_t patch) const {
-  const AugmentSpec& spec = options_.augments[patch % options_.augments.size()];
-  switch (options_.sampler) {
-    case Sampler::kGrid:
-      return grid_view(spec, size.height, size.width, options_.patches, patch);
-    case Sampler::kCenter:
-      return center_view(size.height, size.width);
-    case Sampler::kRandom:
-      break;
-  }
-  const ViewKey key = {options_.seed, plan_.epoch, static_cast<uint64_t>(index),
-                       static_cast<uint64_t>(patch)};
-  return draw_view(spec, size.height, size.width, key);
-}
-
-int64_t Loader::replacement(int64_t index) const {
-  const auto after = std::upper_bound(subset_.begin(), subset_.end(), index);
-  return after == subset_.end() ? subset_.front() : *after;
+  for (std::unique_ptr<Worker>& worker : workers_) static_cast<void>(worker.release());
+  workers_.clear();
+  const Run* const run = old->run.get();
+  if (run == nullptr) return;
+  state_->position = run->first_position + run->taken;
+  if (run->stop) return;
+  const auto again = std::make_shared<Run>();
+  again->id = run->id;
+  again->plan = run->plan;
+  again->first_position = run->first_position;
+  again->taken = again->next_batch = run->taken;
+  again->slots.resize(slots_.size());
+  state_->run = again;
 }
 
 }  // namespace bagssl

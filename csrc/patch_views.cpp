@@ -22,7 +22,7 @@ constexpr int kOrders = 24;
 
 bool is_flag(float x) { return x == 0.0f || x == 1.0f; }
 
-bool is_integer_in(float x, float low, float high) {
+bool is_integer_in(double x, double low, double high) {
   return x >= low && x <= high && x == std::floor(x);
 }
 
@@ -41,11 +41,13 @@ void check_box(const ImageView& image, const ViewParams& view) {
         " with rows " + std::to_string(image.row_stride) +
         " bytes apart; expected RGB data of positive size with rows of at least 3 * width bytes");
   }
-  const auto height = static_cast<float>(image.height), width = static_cast<float>(image.width);
+  // Beyond 2^24 a float's sums and an integer as a float are rounded: past the edge.
+  const auto height = static_cast<double>(image.height), width = static_cast<double>(image.width);
   const bool integers = is_integer_in(view.top, 0, height) && is_integer_in(view.left, 0, width) &&
                         is_integer_in(view.height, 1, height) &&
                         is_integer_in(view.width, 1, width);
-  if (!integers || view.top + view.height > height || view.left + view.width > width) {
+  if (!integers || double{view.top} + double{view.height} > height ||
+      double{view.left} + double{view.width} > width) {
     reject("the crop (top " + std::to_string(view.top) + ", left " + std::to_string(view.left) +
            ", height " + std::to_string(view.height) + ", width " + std::to_string(view.width) +
            ") is no box of whole pixels inside the image of " + std::to_string(image.height) +

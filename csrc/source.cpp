@@ -1,48 +1,15 @@
 #include "source.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include <cerrno>
-#include <cstring>
 #include <stdexcept>
 
 namespace bagssl {
-namespace {
 
-/// A file descriptor that closes itself.
-class OpenFile {
- public:
-  explicit OpenFile(const std::string& path) : fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-    if (fd_ < 0) fail("cannot open the file");
+void check_bytes(int64_t bytes, int64_t max_bytes) {
+  if (bytes > max_bytes) {
+    throw std::runtime_error("a file of " + std::to_string(bytes) + " bytes exceeds the limit of " +
+                             std::to_string(max_bytes) + " bytes (raise max_bytes)");
   }
-  ~OpenFile() {
-    if (fd_ >= 0) close(fd_);
-  }
-  OpenFile(const OpenFile&) = delete;
-  OpenFile& operator=(const OpenFile&) = delete;
-
-  int fd() const { return fd_; }
-
-  /// The size of a regular file; anything else (a folder, a pipe) is refused.
-  size_t size() const {
-    struct stat info;
-    if (fstat(fd_, &info) != 0) fail("cannot stat the file");
-    if (!S_ISREG(info.st_mode)) throw std::runtime_error("not a regular file");
-    return static_cast<size_t>(info.st_size);
-  }
-
-  [[noreturn]] static void fail(const std::string& what) {
-    throw std::runtime_error(what + ": " + std::strerror(errno));
-  }
-
- private:
-  int fd_;
-};
-
-}  // namespace
+}
 
 void Source::check_index(int64_t index) const {
   if (index < 0 || index >= size()) {
@@ -51,33 +18,20 @@ void Source::check_index(int64_t index) const {
   }
 }
 
-MappedFile::MappedFile(const std::string& path) {
-  OpenFile file(path);
-  size_ = file.size();
-  if (size_ == 0) return;
-  void* mapped = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file.fd(), 0);
-  if (mapped == MAP_FAILED) OpenFile::fail("cannot map the file");
-  data_ = static_cast<const uint8_t*>(mapped);
-}
-
-MappedFile::~MappedFile() {
-  if (data_) munmap(const_cast<uint8_t*>(data_), size_);
-}
-
 ShardSource::ShardSource(const std::vector<std::string>& paths, std::vector<int32_t> shard,
                          std::vector<int64_t> offsets, std::vector<int64_t> sizes)
     : shard_(std::move(shard)), offsets_(std::move(offsets)), sizes_(std::move(sizes)) {
   if (shard_.size() != offsets_.size() || sizes_.size() != offsets_.size()) {
     throw std::invalid_argument("shard, offsets and sizes differ in length");
   }
-  for (const std::string& path : paths) files_.push_back(std::make_unique<MappedFile>(path));
+  for (const std::string& path : paths) files_.push_back(std::make_unique<const DataFile>(path));
   for (size_t i = 0; i < offsets_.size(); ++i) {
     if (shard_[i] < 0 || shard_[i] >= static_cast<int32_t>(files_.size())) {
       throw std::invalid_argument("image " + std::to_string(i) + " names shard " +
                                   std::to_string(shard_[i]) + " of " +
                                   std::to_string(files_.size()));
     }
-    const int64_t end = static_cast<int64_t>(files_[shard_[i]]->size());
+    const int64_t end = files_[shard_[i]]->size();
     if (offsets_[i] < 0 || sizes_[i] < 0 || offsets_[i] > end || sizes_[i] > end - offsets_[i]) {
       throw std::invalid_argument("image " + std::to_string(i) +
                                   " is beyond the end of its file: was the file changed?");
@@ -85,54 +39,80 @@ ShardSource::ShardSource(const std::vector<std::string>& paths, std::vector<int3
   }
 }
 
-Item ShardSource::read(int64_t index, std::vector<uint8_t>&) const {
+Item ShardSource::read(int64_t index, ByteBuffer& buffer, int64_t max_bytes) const {
   check_index(index);
+  check_bytes(sizes_[index], max_bytes);
   Item item;
-  item.data = files_[shard_[index]]->data() + offsets_[index];
   item.size = static_cast<size_t>(sizes_[index]);
+  uint8_t* bytes = buffer.take(item.size);
+  files_[shard_[index]]->read(offsets_[index], item.size, bytes);
+  item.data = bytes;
   return item;
 }
 
-Item FileSource::read(int64_t index, std::vector<uint8_t>& buffer) const {
+Item FileSource::read(int64_t index, ByteBuffer& buffer, int64_t max_bytes) const {
   check_index(index);
-  OpenFile file(paths_[index]);
-  buffer.resize(file.size());
-  size_t done = 0;
-  while (done < buffer.size()) {
-    const ssize_t got = ::read(file.fd(), buffer.data() + done, buffer.size() - done);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) OpenFile::fail("cannot read the file");
-    if (got == 0) break;  // it shrank meanwhile; the decoder will say that it is truncated
-    done += static_cast<size_t>(got);
-  }
+  const File file(paths_[index]);
+  check_bytes(file.size(), max_bytes);
   Item item;
-  item.data = buffer.data();
-  item.size = done;
+  item.size = static_cast<size_t>(file.size());
+  uint8_t* bytes = buffer.take(item.size);
+  file.read(0, item.size, bytes);
+  item.data = bytes;
   return item;
 }
 
-ArraySource::ArraySource(const uint8_t* data, int64_t count, int64_t height, int64_t width,
-                         int64_t channels, std::shared_ptr<const void> owner)
-    : data_(data),
-      count_(count),
-      height_(height),
-      width_(width),
-      channels_(channels),
-      owner_(std::move(owner)) {
+void ArrayShape::check() const {
   if (channels != 1 && channels != 3) {
     throw std::invalid_argument("an array of " + std::to_string(channels) +
                                 " channels: images are uint8 [N, H, W, 3] or [N, H, W, 1]");
   }
-  if (height < 1 || width < 1) throw std::invalid_argument("the images have no pixels");
+  if (count < 0 || height < 1 || width < 1) {
+    throw std::invalid_argument("the images have no pixels");
+  }
+  constexpr int64_t kMost = int64_t{1} << 62;
+  if (height > kMost / channels / width || (count > 0 && image_bytes() > kMost / count)) {
+    throw std::invalid_argument("the images have too many pixels");
+  }
 }
 
-Item ArraySource::read(int64_t index, std::vector<uint8_t>&) const {
+ArraySource::ArraySource(const uint8_t* data, ArrayShape shape, std::shared_ptr<const void> owner)
+    : data_(data), shape_(shape), owner_(std::move(owner)) {
+  shape_.check();
+}
+
+Item ArraySource::read(int64_t index, ByteBuffer&, int64_t) const {
   check_index(index);
   Item item;
-  item.data = data_ + index * height_ * width_ * channels_;
-  item.height = height_;
-  item.width = width_;
-  item.channels = channels_;
+  item.data = data_ + index * shape_.image_bytes();
+  item.height = shape_.height;
+  item.width = shape_.width;
+  item.channels = shape_.channels;
+  return item;
+}
+
+ArrayFileSource::ArrayFileSource(std::string path, int64_t offset, ArrayShape shape)
+    : file_(std::move(path)), offset_(offset), shape_(shape) {
+  shape_.check();
+  const int64_t needed = shape_.count * shape_.image_bytes();
+  if (offset < 0 || offset > file_.size() || needed > file_.size() - offset) {
+    throw std::invalid_argument(std::to_string(needed) + " bytes of images from byte " +
+                                std::to_string(offset) + " on in a file of " +
+                                std::to_string(file_.size()) + " bytes: is it truncated?");
+  }
+}
+
+Item ArrayFileSource::read(int64_t index, ByteBuffer& buffer, int64_t max_bytes) const {
+  check_index(index);
+  const int64_t size = shape_.image_bytes();
+  check_bytes(size, max_bytes);
+  uint8_t* bytes = buffer.take(static_cast<size_t>(size));
+  file_.read(offset_ + index * size, static_cast<size_t>(size), bytes);
+  Item item;
+  item.data = bytes;
+  item.height = shape_.height;
+  item.width = shape_.width;
+  item.channels = shape_.channels;
   return item;
 }
 
@@ -140,9 +120,9 @@ FunctionSource::FunctionSource(Read read, int64_t count) : read_(std::move(read)
   if (count < 1) throw std::invalid_argument("a source needs at least one image");
 }
 
-Item FunctionSource::read(int64_t index, std::vector<uint8_t>& buffer) const {
+Item FunctionSource::read(int64_t index, ByteBuffer& buffer, int64_t max_bytes) const {
   check_index(index);
-  return read_(index, buffer);
+  return read_(index, buffer, max_bytes);
 }
 
 }  // namespace bagssl

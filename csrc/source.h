@@ -7,6 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "byte_buffer.h"
+#include "file.h"
+
 namespace bagssl {
 
 /// One image as it is stored: the bytes of a file, or pixels.
@@ -26,30 +29,14 @@ class Source {
 
   /// Image `index`; its data is valid as long as the source and until the next use of `buffer`,
   /// which is reused from call to call. Throws std::runtime_error with the reason if it cannot be
-  /// read.
-  virtual Item read(int64_t index, std::vector<uint8_t>& buffer) const = 0;
+  /// read, or if its file has more than `max_bytes`: no memory is allocated for that.
+  virtual Item read(int64_t index, ByteBuffer& buffer, int64_t max_bytes) const = 0;
 
  protected:
   void check_index(int64_t index) const;
 };
 
-/// A file mapped into memory, read only.
-class MappedFile {
- public:
-  explicit MappedFile(const std::string& path);
-  ~MappedFile();
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-
-  const uint8_t* data() const { return data_; }
-  size_t size() const { return size_; }
-
- private:
-  const uint8_t* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-/// Byte ranges of mapped files: the members of tar shards.
+/// Byte ranges of files: the members of tar shards.
 class ShardSource : public Source {
  public:
   /// Image i is `sizes[i]` bytes at `offsets[i]` of the file `paths[shard[i]]`. Every range is
@@ -57,10 +44,10 @@ class ShardSource : public Source {
   ShardSource(const std::vector<std::string>& paths, std::vector<int32_t> shard,
               std::vector<int64_t> offsets, std::vector<int64_t> sizes);
   int64_t size() const override { return static_cast<int64_t>(offsets_.size()); }
-  Item read(int64_t index, std::vector<uint8_t>& buffer) const override;
+  Item read(int64_t index, ByteBuffer& buffer, int64_t max_bytes) const override;
 
  private:
-  std::vector<std::unique_ptr<MappedFile>> files_;
+  std::vector<std::unique_ptr<const DataFile>> files_;
   std::vector<int32_t> shard_;
   std::vector<int64_t> offsets_, sizes_;
 };
@@ -70,39 +57,63 @@ class FileSource : public Source {
  public:
   explicit FileSource(std::vector<std::string> paths) : paths_(std::move(paths)) {}
   int64_t size() const override { return static_cast<int64_t>(paths_.size()); }
-  Item read(int64_t index, std::vector<uint8_t>& buffer) const override;
+  Item read(int64_t index, ByteBuffer& buffer, int64_t max_bytes) const override;
 
  private:
   std::vector<std::string> paths_;
 };
 
-/// A uint8 array [N, H, W, C], C = 1 or 3, kept alive by `owner` and not copied.
+/// Images of one size, uint8 [N, H, W, C], C = 1 or 3.
+struct ArrayShape {
+  int64_t count = 0, height = 0, width = 0, channels = 0;
+
+  int64_t image_bytes() const { return height * width * channels; }
+  /// Throws std::invalid_argument for a shape of other arrays, or of more than 2^62 bytes.
+  void check() const;
+};
+
+/// An array in memory, kept alive by `owner` and not copied.
 class ArraySource : public Source {
  public:
-  ArraySource(const uint8_t* data, int64_t count, int64_t height, int64_t width, int64_t channels,
-              std::shared_ptr<const void> owner);
-  int64_t size() const override { return count_; }
-  Item read(int64_t index, std::vector<uint8_t>& buffer) const override;
+  ArraySource(const uint8_t* data, ArrayShape shape, std::shared_ptr<const void> owner);
+  int64_t size() const override { return shape_.count; }
+  Item read(int64_t index, ByteBuffer& buffer, int64_t max_bytes) const override;
 
  private:
   const uint8_t* data_;
-  int64_t count_, height_, width_, channels_;
+  ArrayShape shape_;
   std::shared_ptr<const void> owner_;
+};
+
+/// An array in a file, from byte `offset` on.
+class ArrayFileSource : public Source {
+ public:
+  ArrayFileSource(std::string path, int64_t offset, ArrayShape shape);
+  int64_t size() const override { return shape_.count; }
+  Item read(int64_t index, ByteBuffer& buffer, int64_t max_bytes) const override;
+
+ private:
+  DataFile file_;
+  int64_t offset_;
+  ArrayShape shape_;
 };
 
 /// Images of any sizes, fetched by a function.
 class FunctionSource : public Source {
  public:
   /// Fetches one image, as `read` of a source does; called from many threads at once.
-  using Read = std::function<Item(int64_t index, std::vector<uint8_t>& buffer)>;
+  using Read = std::function<Item(int64_t index, ByteBuffer& buffer, int64_t max_bytes)>;
 
   FunctionSource(Read read, int64_t count);
   int64_t size() const override { return count_; }
-  Item read(int64_t index, std::vector<uint8_t>& buffer) const override;
+  Item read(int64_t index, ByteBuffer& buffer, int64_t max_bytes) const override;
 
  private:
   Read read_;
   int64_t count_;
 };
+
+/// Throws std::runtime_error for a file of more than `max_bytes`.
+void check_bytes(int64_t bytes, int64_t max_bytes);
 
 }  // namespace bagssl

@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <cstring>
 #include <string_view>
+#include <unordered_map>
 
 namespace bagssl {
 namespace {
 
 constexpr size_t kBlock = 512;
+// Of the records that go before a member: names need a few hundred bytes.
+constexpr int64_t kMostRecords = 1 << 20;
 
 // Byte ranges of the header's fields (POSIX.1-1988 ustar).
 constexpr size_t kName = 0, kNameSize = 100;
@@ -57,7 +60,7 @@ bool is_zero_block(const uint8_t* block) {
 
 /// What PAX records or GNU long-name members say about the member that follows.
 struct Overrides {
-  std::string path;
+  std::string path, link;
   int64_t size = -1;
 };
 
@@ -75,6 +78,7 @@ bool read_pax(std::string_view records, Overrides* overrides) {
     if (equals == std::string_view::npos) return false;
     const std::string_view key = record.substr(0, equals), value = record.substr(equals + 1);
     if (key == "path") overrides->path = value;
+    if (key == "linkpath") overrides->link = value;
     if (key == "size") {
       overrides->size = 0;
       for (char digit : value) {
@@ -99,7 +103,7 @@ std::string ustar_name(const uint8_t* header) {
 
 class Scanner {
  public:
-  Scanner(const uint8_t* data, size_t size) : data_(data), size_(size) {}
+  Scanner(const ReadAt& read, int64_t size) : read_(read), size_(size) {}
 
   TarIndex scan() {
     while (index_.damage.empty() && read_member()) {
@@ -110,12 +114,13 @@ class Scanner {
  private:
   /// Reads one header and what belongs to it; false at the end of the archive.
   bool read_member() {
-    if (size_ - at_ < kBlock) {
+    if (size_ - at_ < static_cast<int64_t>(kBlock)) {
       if (at_ == 0) return damage("no tar archive: " + std::to_string(size_) + " bytes");
       // Archives without the two closing zero blocks are read by every tar.
       return size_ == at_ ? false : damage("truncated in a header");
     }
-    const uint8_t* header = data_ + at_;
+    uint8_t header[kBlock];
+    read_(at_, kBlock, header);
     if (is_zero_block(header)) return end_of_archive();
     if (!checksum_is_right(header)) {
       return damage(at_ == 0 ? "not a tar archive (or a compressed one: unpack it first)"
@@ -126,34 +131,49 @@ class Scanner {
     int64_t size = number_field(header + kSize, kSizeSize);
     if (is_file && overrides_.size >= 0) size = overrides_.size;
     if (type == '1' || type == '2') size = 0;  // links have no contents, whatever they claim
-    const size_t begin = at_ + kBlock;
+    const int64_t begin = at_ + static_cast<int64_t>(kBlock);
     if (size < 0) return damage("bad header (no size)");
-    if (static_cast<uint64_t>(size) > size_ - begin) {
+    if (size > size_ - begin) {
       return damage("truncated: '" + member_name(header) + "' wants " + std::to_string(size) +
                     " bytes, " + std::to_string(size_ - begin) + " are left");
     }
 
-    const std::string_view contents(reinterpret_cast<const char*>(data_ + begin), size);
-    if (type == 'x') {
-      if (!read_pax(contents, &overrides_)) return damage("malformed PAX records");
-    } else if (type == 'L') {
-      overrides_.path = contents.substr(0, contents.find('\0'));
+    if (type == 'x' || type == 'L' || type == 'K') {
+      if (!read_records(type, begin, size)) return false;
     } else if (type == 'S') {
       return damage("'" + member_name(header) + "' is a sparse file, which is not supported");
-    } else if (type != 'g' && type != 'K') {
-      if (is_file) add(member_name(header), static_cast<int64_t>(begin), size);
+    } else if (type != 'g') {
+      if (is_file) add(member_name(header), begin, size);
       if (type == '1') add_hard_link(header);
       overrides_ = Overrides();
     }
-    const size_t padded = (static_cast<size_t>(size) + kBlock - 1) / kBlock * kBlock;
-    at_ = begin + std::min(padded, size_ - begin);
+    const int64_t rest = size % static_cast<int64_t>(kBlock);
+    const int64_t padding = rest == 0 ? 0 : static_cast<int64_t>(kBlock) - rest;
+    at_ = begin + size + std::min(padding, size_ - begin - size);
+    return true;
+  }
+
+  /// Reads what is said about the next member; false where it is damaged.
+  bool read_records(char type, int64_t begin, int64_t size) {
+    if (size > kMostRecords) {
+      return damage("a name or PAX records of " + std::to_string(size) + " bytes");
+    }
+    std::string contents(static_cast<size_t>(size), '\0');
+    read_(begin, contents.size(), reinterpret_cast<uint8_t*>(contents.data()));
+    if (type == 'x') return read_pax(contents, &overrides_) || damage("malformed PAX records");
+    const std::string_view name = std::string_view(contents).substr(0, contents.find('\0'));
+    (type == 'L' ? overrides_.path : overrides_.link) = name;
     return true;
   }
 
   /// Two zero blocks close an archive; a lone one, and what follows it, is passed over.
   bool end_of_archive() {
-    if (size_ - at_ < 2 * kBlock || is_zero_block(data_ + at_ + kBlock)) return false;
-    at_ += kBlock;
+    constexpr auto kStep = static_cast<int64_t>(kBlock);
+    uint8_t next[kBlock];
+    if (size_ - at_ < 2 * kStep) return false;
+    read_(at_ + kStep, kBlock, next);
+    if (is_zero_block(next)) return false;
+    at_ += kStep;
     return true;
   }
 
@@ -176,26 +196,34 @@ class Scanner {
 
   /// A hard link has the contents of an earlier member, found by its name.
   void add_hard_link(const uint8_t* header) {
-    const std::string_view target = text_field(header + kLink, kNameSize);
-    for (size_t i = index_.offsets.size(); i-- > 0;) {
-      const int64_t begin = i == 0 ? 0 : index_.name_ends[i - 1];
-      const int64_t length = index_.name_ends[i] - begin;
-      if (std::string_view(index_.names).substr(begin, length) == target) {
-        add(member_name(header), index_.offsets[i], index_.sizes[i]);
-        return;
-      }
+    // Most archives have no links: names are looked up from the first one on.
+    for (; named_ < index_.offsets.size(); ++named_) {
+      const int64_t begin = named_ == 0 ? 0 : index_.name_ends[named_ - 1];
+      const int64_t length = index_.name_ends[named_] - begin;
+      by_name_[index_.names.substr(begin, length)] = named_;
+    }
+    const std::string target = overrides_.link.empty()
+                                   ? std::string(text_field(header + kLink, kNameSize))
+                                   : overrides_.link;
+    const auto found = by_name_.find(target);
+    if (found == by_name_.end()) {
+      add(member_name(header), 0, 0);
+    } else {
+      add(member_name(header), index_.offsets[found->second], index_.sizes[found->second]);
     }
   }
 
-  const uint8_t* data_;
-  size_t size_;
-  size_t at_ = 0;
+  const ReadAt& read_;
+  const int64_t size_;
+  int64_t at_ = 0;
   Overrides overrides_;
+  std::unordered_map<std::string, size_t> by_name_;
+  size_t named_ = 0;  // members in it
   TarIndex index_;
 };
 
 }  // namespace
 
-TarIndex index_tar(const uint8_t* data, size_t size) { return Scanner(data, size).scan(); }
+TarIndex index_tar(const ReadAt& read, int64_t size) { return Scanner(read, size).scan(); }
 
 }  // namespace bagssl

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -15,9 +16,15 @@ struct TarIndex {
   std::string damage;                   // empty, or why the scan stopped before the end
 };
 
-/// Scans the headers of an archive in memory: ustar with prefixes, GNU long names, PAX paths and
-/// sizes, hard links. Folders, symbolic links and devices are passed over. What is damaged does not
-/// throw: the members before it are returned and `damage` says what was met, and where.
-TarIndex index_tar(const uint8_t* data, size_t size);
+/// Copies bytes of an archive, which has them; throws if they cannot be read.
+using ReadAt = std::function<void(int64_t offset, size_t size, uint8_t* out)>;
+
+/// Scans the headers of an archive of `size` bytes: ustar with prefixes, GNU long names, PAX paths
+/// and sizes, hard links. Folders, symbolic links and devices are passed over. What is damaged does
+/// not throw: the members before it are returned and `damage` says what was met, and where.
+///
+/// A hard link to a member that is not before it is listed as a file of no bytes: to whoever reads
+/// it, a bad image with a name, instead of one that is missing without a word.
+TarIndex index_tar(const ReadAt& read, int64_t size);
 
 }  // namespace bagssl

@@ -5,13 +5,18 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
 namespace bagssl {
 
-/// CPUs this process may run on (its affinity mask, not the machine's count); at least 1.
+/// CPUs this process may use, at least 1: its affinity mask, and the quota of its control group,
+/// which is how containers are limited.
 int available_cpus();
+
+/// The quota alone, rounded up, 0 for none; `root` stands before /proc and /sys, for tests.
+int quota_cpus(const std::string& root);
 
 /// A fixed set of threads for loops over independent items.
 ///
@@ -33,6 +38,7 @@ class ThreadPool {
   void parallel_for(int64_t count, const std::function<void(int worker, int64_t index)>& work);
 
  private:
+  void end();
   void run(int worker);
   void take_items(int worker);
 

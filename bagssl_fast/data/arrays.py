@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import math
+import os
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +26,13 @@ def make_source(
     images: NDArray[Any], labels: NDArray[Any] | None, classes: list[str] | None, stem: str
 ) -> Source:
     """Checks shapes and types and wraps them."""
+    images = _as_images(images, stem)
+    native = _C.ArraySource(np.ascontiguousarray(images))
+    return _as_source(native, images.shape, labels, classes, stem)
+
+
+def _as_images(images: NDArray[Any], stem: str) -> NDArray[np.uint8]:
+    """The array as [N, H, W, C], checked."""
     if images.dtype != np.uint8:
         raise ValueError(
             f"{stem}: images must be uint8 with values 0 to 255, got {images.dtype} (convert them, "
@@ -41,21 +51,30 @@ def make_source(
         )
     if len(images) == 0:
         raise ValueError(f"{stem}: the array holds no images")
-    images = np.ascontiguousarray(images)
+    return images
+
+
+def _as_source(
+    native: _C.Source,
+    shape: tuple[int, ...],
+    labels: NDArray[Any] | None,
+    classes: list[str] | None,
+    stem: str,
+) -> Source:
+    count = len(native)
     if labels is not None:
         try:
-            labels, classes = class_labels(labels, len(images), classes)
+            labels, classes = class_labels(labels, count, classes)
         except ValueError as error:
             raise ValueError(f"{stem}: {error}") from None
     # 256 images are enough to distinguish data sets.
-    probe = images[:: max(1, len(images) // 256)][:256]
-    shape = np.array(images.shape, np.int64)
-    mark = fingerprint_of(shape, probe, labels if labels is not None else b"")
-    return Source(_C.ArraySource(images), NumberedNames(stem), labels, classes, mark)
+    probe = [native.read(i) for i in range(0, count, max(1, count // 256))[:256]]
+    parts = [np.array(shape, np.int64), *probe, labels if labels is not None else b""]
+    return Source(native, NumberedNames(stem), labels, classes, fingerprint_of(*parts))
 
 
 def open_numpy(path: Path, split: str | None = None) -> Source:
-    """`.npy` (mapped, not loaded) or `.npz` with `images` and optional `labels`.
+    """`.npy` (read in random access, not loaded) or `.npz` with `images` and optional `labels`.
 
     An `.npz` with splits, as MedMNIST's, has `train_images`, `train_labels`, `test_images`, ...;
     `split` chooses one, "train" by default.
@@ -64,24 +83,36 @@ def open_numpy(path: Path, split: str | None = None) -> Source:
     labels = classes = None
     try:
         if path.suffix == ".npy":
-            images = np.load(path, mmap_mode="r")
-        else:
-            with np.load(path, allow_pickle=False) as arrays:
-                if not split and "images" not in arrays:
-                    prefix = "train_"
-                if f"{prefix}images" not in arrays:
-                    name = f"{prefix}images" if split else "images"
-                    raise ValueError(f"no array '{name}', only {sorted(arrays)}")
-                parts = [arrays.get(name) for name in (f"{prefix}images", f"{prefix}labels")]
-                if not all(part is None or isinstance(part, np.ndarray) for part in parts):
-                    raise ValueError("a member is not an array")
-                images, labels = parts
-                classes = [str(name) for name in arrays.get("classes", ())] or None
+            return _open_npy(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            if not split and "images" not in arrays:
+                prefix = "train_"
+            if f"{prefix}images" not in arrays:
+                name = f"{prefix}images" if split else "images"
+                raise ValueError(f"no array '{name}', only {sorted(arrays)}")
+            parts = [arrays.get(name) for name in (f"{prefix}images", f"{prefix}labels")]
+            if not all(part is None or isinstance(part, np.ndarray) for part in parts):
+                raise ValueError("a member is not an array")
+            images, labels = parts
+            classes = [str(name) for name in arrays.get("classes", ())] or None
     except MemoryError:
         raise
     except Exception as error:  # a damaged file has many ways to fail
-        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
+        text = str(error) or type(error).__name__
+        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
     return make_source(images, labels, classes, f"{path}:{split}" if split else str(path))
+
+
+def _open_npy(path: Path) -> Source:
+    """The images where they are. A mapped file that shrinks would end the process by SIGBUS."""
+    mapped = np.load(path, mmap_mode="r")  # its header alone is read
+    if not isinstance(mapped, np.memmap):
+        raise ValueError("not an array in a file")
+    images, offset = _as_images(mapped, str(path)), mapped.offset
+    if not images.flags.c_contiguous:  # in Fortran's order: turned in memory
+        return make_source(np.load(path), None, None, str(path))
+    native = _C.ArrayFileSource(os.fsencode(path), offset, images.shape)
+    return _as_source(native, images.shape, None, None, str(path))
 
 
 def open_torchvision(root: Path, split: str) -> Source | None:
@@ -128,14 +159,21 @@ def _find_idx(folder: Path, name: str) -> Path | None:
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
     """MNIST's format: two zero bytes, type 8 (uint8), rank, the sizes as big-endian int32, data."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path}: not an idx file of uint8 values")
-    rank = raw[3]
-    shape = np.frombuffer(raw, ">i4", rank, 4).astype(np.int64)
-    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
-    if len(values) != shape.prod():
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:3] != b"\x00\x00\x08":
+                raise ValueError("not an idx file of uint8 values")
+            shape = np.frombuffer(file.read(4 * start[3]), ">i4").tolist()
+            if len(shape) != start[3] or min(shape, default=0) < 0:
+                raise ValueError("not an idx file: its sizes are damaged")
+            # No more than that is unpacked, whatever the file holds.
+            expected = math.prod(shape)
+            values = np.frombuffer(file.read(expected + 1), np.uint8)
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if len(values) != expected:
         raise ValueError(
-            f"{path}: expected {shape.prod()} values, got {len(values)}: is the file truncated?"
+            f"{path}: expected {expected} values, got {len(values)}: is the file truncated?"
         )
     return values.reshape(shape)

@@ -12,8 +12,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bagssl_fast._extension import _C
 
-# Pillow's own limit, above which it treats a file as a decompression bomb.
-MAX_PIXELS = 178_956_970
+# Limits of what an image may cost. That of pixels is Pillow's own, above which it treats a file as
+# a decompression bomb.
+MAX_PIXELS: int = _C.MAX_PIXELS
+MAX_BYTES: int = _C.MAX_BYTES
+MAX_SCANS: int = _C.MAX_SCANS
 TWELVE_BITS = 1 << 12
 
 _JPEG_START = b"\xff\xd8\xff"
@@ -69,8 +72,8 @@ def _decode_with_pillow(data: memoryview | bytes, max_pixels: int) -> NDArray[np
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(image.width, image.height, max_pixels)
-            upright = ImageOps.exif_transpose(image)
-            return to_rgb(upright)
+            ImageOps.exif_transpose(image, in_place=True)  # without a copy where it is upright
+            return to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError("not an image of a format that Pillow reads") from None
 
@@ -89,7 +92,7 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
             )
         gray = (pixels >> 8).astype(np.uint8)
         return np.ascontiguousarray(np.repeat(gray[:, :, None], 3, axis=2))
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

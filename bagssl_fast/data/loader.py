@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
 
 from bagssl_fast._extension import _C
 from bagssl_fast.augment import Augment
@@ -19,11 +23,14 @@ from bagssl_fast.data.checks import check_choice, check_integer, check_type
 from bagssl_fast.data.decoding import ImageError, decode_image
 from bagssl_fast.data.open import open_source
 from bagssl_fast.data.order import batch_ends, epoch_rows, num_batches
-from bagssl_fast.data.ring import Ring
+from bagssl_fast.data.ring import Ring, as_bytes
 from bagssl_fast.data.settings import Decoding, Order, Output, Share, Threads
 from bagssl_fast.data.source import Source
 
 LAST_EPOCH = 2**32 - 1  # a view is drawn from 32 bits of it
+PATIENCE = 5.0  # seconds that stopping waits for reads that do not return
+
+_living: weakref.WeakSet[BagLoader] = weakref.WeakSet()
 
 
 class BagLoader:
@@ -31,8 +38,12 @@ class BagLoader:
 
     A bag depends on (seed, epoch, index of the image, patch) and a batch on (seed, epoch, step)
     only: the same for any number of threads, after resuming, and, over all ranks together, for any
-    world size. Iterating makes one epoch; the next iteration makes the next one. A batch's memory
-    is reused after two more batches: keep a batch longer by `Batch.clone`.
+    world size. Iterating makes one epoch; the next iteration makes the next one.
+
+    A batch stays as it is until two more were taken, in whatever epoch or iteration; keep it longer
+    by `Batch.clone`. In pinned memory it stays for as long as it is used, by copies on any stream.
+    Threads may share a loader and its iterator: each batch goes to one of them. A signal's handler
+    runs while a batch is waited for. A child of fork() continues by itself.
 
     Args:
         source: A `Source`, or what `open_source` takes.
@@ -94,15 +105,21 @@ class BagLoader:
                 f"{world_size}: use a smaller batch_size or Order(drop_last=False)"
             )
         self._ring = Ring(batch_size, patches, self.augments, output, threads.batches_ahead)
-        self._native: _C.Loader | None = self._make_native()
+        self._native: _C.Loader | None = self._make_native(self._ring)
         # Ends the threads before the interpreter, whose lock they may need, is gone.
         self._finalizer = weakref.finalize(self, self._native.stop)
         self._epoch = 0
         self._step = 0  # batches of this epoch that were taken
         self._begin = 0  # where the next iteration starts: 0 unless `seek` chose another step
-        self._iteration = 0
+        self._run = -1  # the native number of the current iteration
+        self._make_locks()
+        _living.add(self)
 
-    def _make_native(self) -> _C.Loader:
+    def _make_locks(self) -> None:
+        self._control = threading.RLock()  # of the attributes above
+        self._turn = threading.Lock()  # one thread takes a batch at a time
+
+    def _make_native(self, ring: Ring) -> _C.Loader:
         return _C.Loader(
             source=self.source.native,
             augments=self.augments,
@@ -115,11 +132,12 @@ class BagLoader:
             skip_bad=self.decoding.on_error == "skip",
             dct_scaling=self.decoding.fast_decode,
             max_pixels=self.decoding.max_pixels,
-            cut=self._ring.options is None,
-            slots=[slot.data_ptr() for slot in self._ring.slots],
+            max_bytes=self.decoding.max_bytes,
+            max_scans=self.decoding.max_scans,
+            cut=ring.options is None,
+            slots=[as_bytes(slot) for slot in ring.slots],
             subset=np.unique(self._indices),
             decoder=decode_image,
-            owner=self._ring,
         )
 
     def __len__(self) -> int:
@@ -127,45 +145,58 @@ class BagLoader:
         return self._len
 
     def __iter__(self) -> Iterator[Batch | ImageBatch]:
-        native = self._open_native()
-        self._iteration += 1
-        self._step, self._begin = self._begin, 0
-        order, share = self.order, self.share
-        rows = epoch_rows(self._indices, order.seed, self._epoch, order.shuffle)
-        rows, ends = batch_ends(
-            rows, self._len, self.batch_size, share.rank, share.world_size, order.drop_last
-        )
-        native.start(self._epoch, rows, ends, self._step)
-        return _Epoch(self, native, self._iteration)
-
-    def _take(self, native: _C.Loader, iteration: int) -> Batch | ImageBatch:
-        if self._iteration != iteration:
-            raise RuntimeError(
-                "this iteration ended: its loader was iterated again, moved by seek, or closed"
+        refuse_workers()
+        with self._control:
+            native = self._open_native()
+            self._stop(native, self._run)
+            order, share = self.order, self.share
+            rows = epoch_rows(self._indices, order.seed, self._epoch, order.shuffle)
+            rows, ends = batch_ends(
+                rows, self._len, self.batch_size, share.rank, share.world_size, order.drop_last
             )
+            self._run = native.start(self._epoch, rows, ends, self._begin)
+            self._step, self._begin = self._begin, 0
+            return _Epoch(self, native, self._ring, self._run)
+
+    def _take(self, native: _C.Loader, ring: Ring, run: int) -> Batch | ImageBatch | None:
+        """The next batch of an iteration, None at its end. For one thread at a time."""
         begin = time.perf_counter()
-        taken = native.next()
-        self.data_wait += time.perf_counter() - begin
+        ring.make_room(native)
+        taken = native.next(run)
+        if taken is not None:
+            ring.took(taken[0])
+        with self._control:
+            self.data_wait += time.perf_counter() - begin
+            is_current = self._run == run
+            if is_current and taken is None:
+                self._epoch, self._step = self._epoch + 1, 0
+            elif is_current and taken[3] < 0:
+                self._step += 1
         if taken is None:
-            self._epoch, self._step = self._epoch + 1, 0
-            raise StopIteration
+            return None
         slot, index, pixel_bytes, bad, reason = taken
         if bad >= 0:
             raise ImageError(self.source.name(bad), reason)
-        batch = self._wrap(native, slot, index, pixel_bytes)
-        self._step += 1
-        return batch
-
-    def _wrap(
-        self, native: _C.Loader, slot: int, index: NDArray[np.int64], pixel_bytes: int
-    ) -> Batch | ImageBatch:
         known = self.source.labels
         labels = np.full(len(index), -1, np.int64) if known is None else known[index]
         rest = (torch.from_numpy(labels), torch.from_numpy(index))
-        if self._ring.options is None:
-            return Batch(self._ring.patches(slot, len(index)), *rest)
-        images, params = self._ring.images(slot, len(index), pixel_bytes, native)
-        return ImageBatch(images, params, *rest, self._ring.options)
+        if ring.options is None:
+            return Batch(ring.patches(slot, len(index)), *rest)
+        images, params = ring.images(slot, len(index), pixel_bytes, native, run)
+        return ImageBatch(images, params, *rest, ring.options)
+
+    def _stop(self, native: _C.Loader, run: int) -> None:
+        """Ends an iteration's threads, unless they work for another one already."""
+        if run < 0:
+            return
+        waiting = native.stop(run, PATIENCE)
+        if waiting:
+            warnings.warn(
+                f"{self.source.name(waiting[0])}: its read has not returned for {PATIENCE:g} s; "
+                "the thread is left behind until it does",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next iteration, from 0.
@@ -173,8 +204,9 @@ class BagLoader:
         In the epoch that `seek` or `load_state_dict` chose, the step they chose is kept.
         """
         check_integer("epoch", epoch, 0, LAST_EPOCH)
-        if epoch != self._epoch:
-            self._epoch, self._step, self._begin = epoch, 0, 0
+        with self._control:
+            if epoch != self._epoch:
+                self._epoch, self._step, self._begin = epoch, 0, 0
 
     def seek(self, epoch: int, step: int = 0) -> None:
         """Chooses where the next iteration starts, and ends the current one.
@@ -188,22 +220,26 @@ class BagLoader:
         """
         check_integer("epoch", epoch, 0, LAST_EPOCH)
         check_integer("step", step, 0, len(self))
-        if self._native is not None:
-            self._native.stop()
-        self._iteration += 1
-        self._epoch, self._begin, self._step = int(epoch), int(step), 0
-        if self._begin == len(self):
-            self._epoch, self._begin = self._epoch + 1, 0
+        with self._control:
+            run, self._run = self._run, -1
+            self._epoch, self._begin, self._step = int(epoch), int(step), 0
+            if self._begin == len(self):
+                self._epoch, self._begin = self._epoch + 1, 0
+            if self._native is not None:
+                self._stop(self._native, run)
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
         """Images that were replaced because they could not be decoded: name and reason of each."""
-        found = self._native.skipped if self._native is not None else self._last_skipped
+        native = self._native
+        found = self._last_skipped if native is None else native.skipped
         return [(self.source.name(index), reason) for index, reason in found]
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches taken in it, and the settings that decide the batches."""
-        return {"epoch": self._epoch, "step": self._step or self._begin, "config": self._config()}
+        with self._control:
+            epoch, step = self._epoch, self._step or self._begin
+        return {"epoch": epoch, "step": step, "config": self._config()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Seeks to the place where the state was saved.
@@ -241,12 +277,15 @@ class BagLoader:
 
     def close(self) -> None:
         """Ends the threads and frees the ring's memory; batches still in use keep theirs."""
-        if self._native is not None:
-            self._last_skipped = self._native.skipped
-            self._finalizer()
-            self._native = None
+        with self._control:
+            if self._native is None:
+                return
+            native, run = self._native, self._run
+            self._native, self._run = None, -1
             del self._ring
-            self._iteration += 1
+            self._stop(native, run)
+            self._last_skipped = native.skipped
+            self._finalizer.detach()
 
     def __enter__(self) -> BagLoader:
         return self
@@ -263,30 +302,56 @@ class BagLoader:
 class _Epoch:
     """One iteration over a loader; deleting it at any time ends the threads."""
 
-    def __init__(self, loader: BagLoader, native: _C.Loader, iteration: int) -> None:
-        self._loader, self._native, self._iteration = loader, native, iteration
-        self._ended = False
+    def __init__(self, loader: BagLoader, native: _C.Loader, ring: Ring, run: int) -> None:
+        self._loader, self._native, self._ring, self._run = loader, native, ring, run
+        self._is_over = False
 
     def __iter__(self) -> _Epoch:
         return self
 
     def __next__(self) -> Batch | ImageBatch:
-        if self._ended:
-            raise StopIteration
-        try:
-            return self._loader._take(self._native, self._iteration)
-        except BaseException:
-            self.close()
-            raise
+        with self._loader._turn:
+            if self._is_over:
+                raise StopIteration
+            try:
+                batch = self._loader._take(self._native, self._ring, self._run)
+            except BaseException:
+                self.close()
+                raise
+            if batch is None:
+                self._is_over = True
+                raise StopIteration
+            return batch
 
     def close(self) -> None:
         """Ends the threads, unless they work for another iteration already."""
-        if not self._ended and self._loader._iteration == self._iteration:
-            self._native.stop()
-        self._ended = True
+        if not self._is_over:
+            self._loader._stop(self._native, self._run)
 
     def __del__(self) -> None:
         self.close()
+
+
+def _continue_in_child() -> None:
+    """After fork(): threads of the parent are gone, and may have held locks."""
+    for loader in list(_living):
+        loader._make_locks()
+        if loader._native is not None:
+            loader._native.after_fork()
+
+
+os.register_at_fork(after_in_child=_continue_in_child)
+
+
+def refuse_workers() -> None:
+    """Raises a RuntimeError in one of several worker processes of torch's DataLoader."""
+    worker = get_worker_info()
+    if worker is not None and worker.num_workers > 1:
+        raise RuntimeError(
+            f"a BagLoader in each of {worker.num_workers} DataLoader workers would give every image "
+            f"{worker.num_workers} times: iterate over it directly (it has threads of its own), or "
+            "use num_workers=0"
+        )
 
 
 def as_augments(augment: Augment | Sequence[Augment] | None) -> tuple[Augment, ...]:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from bagssl_fast._extension import _C
 from bagssl_fast.data.batch import DTYPES
 from bagssl_fast.data.checks import check_bool, check_choice, check_integer
-from bagssl_fast.data.decoding import MAX_PIXELS
+from bagssl_fast.data.decoding import MAX_BYTES, MAX_PIXELS, MAX_SCANS
 from bagssl_fast.data.source import ON_ERROR
 
 
@@ -96,7 +96,11 @@ class Decoding:
     Args:
         on_error: "raise" for a bad image; "skip" takes the next good image of the data set instead
             and lists the bad one in `BagLoader.skipped`.
-        max_pixels: Larger images count as bad; no memory is allocated for them.
+        max_pixels: Larger images count as bad; no memory is allocated for them. At the default
+            limit, Pillow's own, a PNG takes 2 GB while it is decoded, a JPEG 0.6 GB.
+        max_bytes: Larger files count as bad, likewise.
+        max_scans: Progressive JPEGs of more scans count as bad: a file of a few KB may ask for
+            thousands of passes over a large image.
         fast_decode: Decode JPEG at 1/2, 1/4 or 1/8 of its size where every patch of the image is
             made smaller by at least as much. Faster on large files, but pixels and the edges of
             crops change slightly.
@@ -104,11 +108,15 @@ class Decoding:
 
     on_error: str = "raise"
     max_pixels: int = MAX_PIXELS
+    max_bytes: int = MAX_BYTES
+    max_scans: int = MAX_SCANS
     fast_decode: bool = False
 
     def __post_init__(self) -> None:
         check_choice("on_error", self.on_error, ON_ERROR)
         check_integer("max_pixels", self.max_pixels, 1)
+        check_integer("max_bytes", self.max_bytes, 1)
+        check_integer("max_scans", self.max_scans, 1, 2**31 - 1)
         check_bool("fast_decode", self.fast_decode)
 
 
@@ -117,8 +125,9 @@ class Threads:
     """How much work is done ahead; batches do not depend on it.
 
     Args:
-        num_threads: Threads of the loader; 0 takes the CPUs of this process, divided among the
-            ranks of the node, less one for the training where that computes on the CPU.
+        num_threads: Threads of the loader; 0 takes the CPUs that this process may use (by its
+            affinity and its container's quota), divided among the ranks of the node, less one for
+            the training where that computes on the CPU.
         batches_ahead: Batches made in advance.
     """
 

@@ -1,8 +1,9 @@
-"""Tar shards: indexed once, then mapped into memory for random access."""
+"""Tar shards: indexed once, then read in random access."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -25,9 +26,10 @@ from bagssl_fast.data.source import (
     label_by_text,
 )
 
-_FORMAT = 1  # of a cached index; a new number makes old files unused
+_FORMAT = 2  # of a cached index; a new number makes old files unused
 _CLASS_SUFFIX = b".cls"
 _ARRAYS = ("names", "name_ends", "offsets", "sizes", "labels", "meta")  # of a cached index
+_LONGEST_CLASS = 4096  # bytes of its text
 
 
 @dataclass
@@ -165,12 +167,12 @@ def _select_images(path: Path, members: NameTable, raw: dict[str, NDArray[np.int
     }
     texts: list[bytes | None]
     if class_members:
-        contents = np.memmap(path, np.uint8, "r")
         texts = []
-        for i in images:
-            folder, base = os.path.split(names[i])
-            member = class_members.get(os.path.join(folder, base.split(b".")[0]))
-            texts.append(None if member is None else _contents(contents, raw, member).strip())
+        with open(path, "rb", buffering=0) as file:
+            for i in images:
+                folder, base = os.path.split(names[i])
+                member = class_members.get(os.path.join(folder, base.split(b".")[0]))
+                texts.append(None if member is None else _contents(file, raw, member).strip())
     else:
         folders = [os.path.dirname(names[i]) for i in images]
         texts = [os.path.basename(folder).strip(b".") or None for folder in folders]
@@ -181,17 +183,15 @@ def _select_images(path: Path, members: NameTable, raw: dict[str, NDArray[np.int
         sizes=raw["sizes"][images],
         labels=labels,
         classes=classes,
-        numbered=bool(class_members) and all(_is_number(text) for text in classes),
+        numbered=bool(class_members) and all(text.isdecimal() for text in classes),
     )
 
 
-def _is_number(text: str) -> bool:
-    return text.isdecimal() and len(text) <= 19  # more digits than any index has
-
-
-def _contents(file: NDArray[np.uint8], raw: dict[str, NDArray[np.int64]], member: int) -> bytes:
-    begin = int(raw["offsets"][member])
-    return file[begin : begin + int(raw["sizes"][member])].tobytes()
+def _contents(file: io.FileIO, raw: dict[str, NDArray[np.int64]], member: int) -> bytes:
+    size = int(raw["sizes"][member])
+    if size > _LONGEST_CLASS:
+        raise ValueError(f"{file.name!s}: a {_CLASS_SUFFIX.decode()} member of {size} bytes")
+    return os.pread(file.fileno(), size, int(raw["offsets"][member]))
 
 
 def _cache_file(path: Path) -> Path:
@@ -232,7 +232,9 @@ def _is_sound(index: ShardIndex, shard_size: int) -> bool:
     classes = index.classes
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         return False
-    if type(index.numbered) is not bool or (index.numbered and not all(map(_is_number, classes))):
+    if type(index.numbered) is not bool:
+        return False
+    if index.numbered and not all(n.isdecimal() and len(n) <= _LONGEST_CLASS for n in classes):
         return False
     if count == 0:
         return True
