@@ -7,7 +7,7 @@ import math
 import os
 import zlib
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,14 +139,11 @@ def open_torchvision(root: Path, split: str) -> Source | None:
 def _open_cifar(
     folder: Path, files: list[str], label_key: str, meta: str, class_key: str
 ) -> Source:
-    batches = [
-        cifar.read_batch(folder / name, {"data": cifar.pixels, label_key: cifar.class_indices})
-        for name in files
-    ]
+    batches = [cifar.read_images(folder / name, label_key) for name in files]
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     classes = None
     if (folder / meta).is_file():
-        (classes,) = cifar.read_batch(folder / meta, {class_key: cifar.class_names})
+        classes = cifar.read_classes(folder / meta, class_key)
     return make_source(images, labels, classes, str(folder))
 
 

@@ -11,11 +11,12 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+_T = TypeVar("_T")
 _TYPES = {"u1": np.uint8, "i8": np.int64, "i4": np.int32}
 
 
@@ -35,8 +36,8 @@ class _Array:
     values: NDArray[Any] | None = None
 
     def __setstate__(self, state: Any) -> None:
-        _, shape, kind, columns_first, data = state
-        if not isinstance(kind, _Type) or kind.name not in _TYPES or columns_first:
+        _, shape, kind, by_columns, data = state
+        if not isinstance(kind, _Type) or kind.name not in _TYPES or by_columns:
             raise pickle.UnpicklingError("an array of a type or order that CIFAR's do not have")
         raw = data.encode("latin1") if isinstance(data, str) else data
         if not isinstance(raw, bytes) or not all(type(n) is int and n >= 0 for n in shape):
@@ -79,44 +80,54 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         return self.stand_ins[module, name]
 
 
-def read_batch(path: Path, kinds: dict[str, Callable[[Any], Any]]) -> list[Any]:
-    """Values of a batch file by their keys, each as its function makes it.
+def read_images(path: Path, label_key: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images [N, 32, 32, 3] and labels [N] of a batch file.
 
     Raises:
         ValueError: The file is not one of CIFAR's; with its path.
         OSError: It cannot be read.
     """
+
+    def take(batch: dict[Any, Any]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        data, labels = batch["data"], batch[label_key]
+        rows = data.values if isinstance(data, _Array) else None
+        if rows is None or rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3072:
+            raise ValueError("its data are not rows of 3072 uint8 values")
+        if not isinstance(labels, list) or not all(
+            type(v) is int and 0 <= v < 1000 for v in labels
+        ):
+            raise ValueError("its labels are not a list of class indices")
+        if len(labels) != len(rows):
+            raise ValueError(f"{len(labels)} labels for {len(rows)} images")
+        images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return np.asarray(images), np.array(labels, np.int64)
+
+    return _read(path, take)
+
+
+def read_classes(path: Path, key: str) -> list[str]:
+    """The classes' names of a meta file.
+
+    Raises:
+        ValueError, OSError: As `read_images`.
+    """
+
+    def take(meta: dict[Any, Any]) -> list[str]:
+        names = meta[key]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its class names are not a list of texts")
+        return names
+
+    return _read(path, take)
+
+
+def _read(path: Path, take: Callable[[dict[Any, Any]], _T]) -> _T:
     content = path.read_bytes()
     try:
         loaded = _Unpickler(content).load()
         if not isinstance(loaded, dict):
             raise ValueError(f"a {type(loaded).__name__}")
-        missing = [key for key in kinds if key not in loaded]
-        if missing:
-            raise ValueError(f"it has no {missing[0]!r}")
-        return [kind(loaded[key]) for key, kind in kinds.items()]
+        return take(loaded)
     except Exception as error:  # whatever a wrong opcode leads to
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{path}: not a CIFAR batch ({reason})") from None
-
-
-def pixels(value: Any) -> NDArray[np.uint8]:
-    """Images [N, 32, 32, 3] of a batch's rows [N, 3072]."""
-    rows = value.values if isinstance(value, _Array) else None
-    if rows is None or rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3 * 32 * 32:
-        raise ValueError("its data are not rows of 3072 uint8 values")
-    return np.asarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-
-
-def class_indices(value: Any) -> NDArray[np.int64]:
-    """Labels [N]."""
-    if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 1000 for v in value):
-        raise ValueError("its labels are not a list of class indices")
-    return np.array(value, np.int64)
-
-
-def class_names(value: Any) -> list[str]:
-    """The classes' names."""
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise ValueError("its class names are not a list of texts")
-    return value
+        reason = f"it has no {error}" if type(error) is KeyError else str(error)
+        raise ValueError(f"{path}: not a CIFAR batch ({reason or type(error).__name__})") from None
