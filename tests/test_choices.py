@@ -1,7 +1,6 @@
 """What `auto` becomes: by rule, by timing, as the run began; and what cannot be had here."""
 
 import copy
-import functools
 import json
 from dataclasses import replace
 
@@ -162,15 +161,6 @@ def assert_same_gradients(forward, model, patches):
     got, needed = found
     # Gradients through batch norms of channels-last maps differ, see bench/harness/parity.py.
     assert (got - needed).norm() < 1e-2 * needed.norm()
-
-
-@pytest.fixture
-def aot(monkeypatch):
-    """torch.compile without its C++: what is traced, and runs in torch's own ops."""
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend="aot_eager"))
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("config", ENCODERS, ids=lambda config: config.encoder.name)

@@ -120,15 +120,10 @@ def prepare(config: Config, me: Ranks) -> Run:
     choices = choose(
         config,
         me,
-        state["choices"] if state else None,
+        state.get("choices") if state else None,
         total_steps,
         lambda: time_precisions(model, loss, example(config, me, torch.float32)),
     )
-    forward = distribute(model, me)
-    if choices.compile:
-        patches = example(config, me, getattr(torch, choices.dtype))
-        forward, done = compiled_or_eager(forward, loss, patches, config, choices, me)
-        choices = replace(choices, compile=done)
     loader = make_loader(config, source, me, choices, threads)
 
     run = Run(
@@ -138,7 +133,7 @@ def prepare(config: Config, me: Ranks) -> Run:
         source=source,
         loader=loader,
         model=model,
-        forward=forward,
+        forward=distribute(model, me),
         loss=loss,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(me.device.type, enabled=choices.precision == "fp16"),
@@ -148,10 +143,14 @@ def prepare(config: Config, me: Ranks) -> Run:
     )
     if state is not None:
         restore(run, state)
+    if choices.compile:  # now that nothing else can refuse the run
+        patches = example(config, me, getattr(torch, choices.dtype))
+        run.forward, done = compiled_or_eager(run.forward, loss, patches, config, choices, me)
+        run.choices = replace(choices, compile=done)
     if me.is_main:
         checkpoint.open_run_dir(run_dir, config.resume, config.overwrite)
         write_atomic(run_dir / "config.yaml", cli.to_yaml(config).encode())
-        text = json.dumps(machine.report() | {"choices": choices.state()}, indent=2) + "\n"
+        text = json.dumps(machine.report() | {"choices": run.choices.state()}, indent=2) + "\n"
         write_atomic(run_dir / "env.json", text.encode())
         log_summary(run, found)
     return run
