@@ -21,8 +21,7 @@ initialization does. A training ends when every target is reached.
 
 Seeds change the initialization, the order of the images and their augmentation; they run one after
 another, so use a quiet machine. Results are written after each training. `--short` is one seed of
-ours, torch_kornia and torch_kornia_compile with fewer images for the probes: about 20 minutes on
-two cores.
+ours, torch_kornia and torch_kornia_compile: 15 to 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -71,13 +70,13 @@ FULL = {
     "seeds": 3,
     "images": 50_000,
     "bank": 50_000,
+    "evaluations": 8,
 }
 SHORT = FULL | {
     "systems": ["bagssl_fast", "torch_kornia", "torch_kornia_compile"],
     "seeds": 1,
-    "bank": 20_000,
 }
-QUICK = FULL | {"seeds": 1, "images": 640, "bank": 200}
+QUICK = FULL | {"seeds": 1, "images": 640, "bank": 200, "evaluations": 2}
 EVAL_PATCHES = 25  # of each image
 OPTIM = OptimConfig(name="adamw", lr=3e-3, betas=(0.9, 0.99), weight_decay=1e-2)
 WARMUP = 0.06  # share of the steps, as in the recipe
@@ -207,7 +206,7 @@ def seconds_to(target: float, curve: list[Point], probe: int) -> float:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__, data=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--short", action="store_true", help="one seed, about 20 minutes")
+    parser.add_argument("--short", action="store_true", help="one seed of three systems")
     parser.add_argument(
         "--systems",
         nargs="+",
@@ -219,7 +218,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="training images (default: all)")
     parser.add_argument("--bank", type=int, help="training images of the probes (default: all)")
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--evaluations", type=int, default=4, help="during a training")
+    parser.add_argument("--evaluations", type=int, help="during a training (default: 8)")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     o = parser.parse_args(argv)
     if o.data is None:
