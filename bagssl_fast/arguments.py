@@ -190,7 +190,7 @@ class Parser:
         numbers = self._is_free(name) and re.fullmatch(r"[-+.\de]+(,[-+.\de]+)+", value)
         if (numbers or get_origin(kind) is tuple) and not value.startswith("["):
             return f"[{value}]"
-        return BOOLEANS.get(value.lower(), value) if kind is bool else value
+        return BOOLEANS.get(value.lower(), value) if _takes_booleans(kind) else value
 
     def _is_free(self, name: str) -> bool:
         """Whether a name is an entry of a dictionary, such as `loss.options.eps`."""
@@ -230,7 +230,7 @@ class Parser:
         last = {option: option.rpartition(".")[2] for option in self.types}
         word = name.rpartition(".")[2]
         near = [name] if name in self.types else [o for o, end in last.items() if end == word]
-        if not near and name.startswith("no_") and self.types.get(name[3:]) is bool:
+        if not near and name.startswith("no_") and _takes_booleans(self.types.get(name[3:])):
             return [f"--{name[3:]} false"]
         if not near:
             near = difflib.get_close_matches(name, self.types, 1, 0.7)
@@ -293,6 +293,10 @@ def option_types(record: type[Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from option_types(nested, f"{prefix}{f.name}.")  # type: ignore[arg-type]
         else:
             yield prefix + f.name, kind
+
+
+def _takes_booleans(kind: Any) -> bool:
+    return kind is bool or bool in get_args(kind)
 
 
 def describe(kind: Any) -> str:

@@ -206,9 +206,11 @@ class Config:
         max_images: Train on so many of the images, drawn by the seed; 0 takes all.
         seed: Seed of the initial weights, of the order of the images and of every bag.
         device: auto (CUDA where there is one), cpu or cuda.
-        precision: auto (bf16 on CUDA, fp32 on the CPU), fp32, bf16 or fp16.
+        precision: auto (bf16 on GPUs that compute it, and on CPUs that do and are faster by it,
+            which is timed at the start; else fp32), fp32, bf16 or fp16.
         channels_last: Keep convolution weights and patches channels-last.
-        compile: Compile the model with torch.compile.
+        compile: Compile the model with torch.compile: true, false or auto (runs of 1000 steps and
+            more, except for patchnet and ResNets on a CPU, whose ops it leaves as they are).
         cuda_graph: Replay forward, loss and backward of a step as one CUDA graph: for steps of many
             small kernels, on one GPU. Not with losses that keep a state (sigreg).
         threads: CPU threads of torch; 0 takes every core this process may use.
@@ -247,7 +249,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     channels_last: bool = True
-    compile: bool = False
+    compile: bool | Literal["auto"] = field(default="auto", metadata={"bare": "true"})
     cuda_graph: bool = False
     threads: int = 0
     impl: Literal["auto", "reference", "cpu", "cuda"] = "auto"

@@ -31,6 +31,7 @@ def report() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES.split()},
         "platform": platform.platform(),
         "cpu": cpu_name(),
+        "instruction_set": instruction_set(cpu_flags()),
         "cores": cores(),
         "memory_gb": _memory_gb(),
         "cuda": torch.version.cuda,
@@ -98,6 +99,29 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def cpu_flags() -> frozenset[str]:
+    """The processor's features as Linux names them; empty where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):  # x86-64, arm64
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def computes_bf16(flags: frozenset[str]) -> bool:
+    """Whether the processor itself multiplies bfloat16; without that, torch emulates it."""
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def instruction_set(flags: frozenset[str]) -> str:
+    """The widest vector instructions among a processor's features, such as "AVX-512 with bf16"."""
+    names = {"avx512bw": "AVX-512", "avx2": "AVX2", "sse2": "SSE2", "asimd": "NEON"}
+    widest = next((name for flag, name in names.items() if flag in flags), "unknown vectors")
+    return f"{widest} with bf16" if computes_bf16(flags) else widest
 
 
 def _extension() -> dict[str, str | None]:

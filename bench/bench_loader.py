@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 from bagssl_fast.augment import Augment
 from baselines.loader import Job, RemoteRunner, Runner, Stats
 from harness.common import OURS, Report, Timing, arguments, interleave, paint, quantiles
+from harness.photographs import data_folder
 
 # EMP-SSL blurs with Pillow, whose kernel is unlimited: 13 pixels are three sigma at the strongest.
 EMP = Augment(size=32, scale=(0.25, 0.25), blur_kernel=13)
@@ -135,6 +136,7 @@ class Bench:
 
     def __init__(self, options: Any, work: Path) -> None:
         self.options, self.work = options, work
+        self.data = data_folder(options.data, work)
         self.report = Report("bench_loader", options.threads)
         self.rounds = min(options.rounds, 3) if options.quick else options.rounds
         self.seconds = 0.2 if options.quick else 0.5  # of a measurement, at least
@@ -147,7 +149,7 @@ class Bench:
     def job(self, tar: str, count: int, augment: Augment, short_side: int = 0, **more: Any) -> Job:
         folder = self.work / f"{Path(tar).stem}-{count}-{short_side}"
         if not folder.exists():
-            corpus(self.options.data / tar, folder, count, short_side)
+            corpus(self.data / tar, folder, count, short_side)
         return Job(str(folder / "files"), str(folder / "images.tar"), augment, **more)
 
     def open(self, name: str, job: Job) -> Runner | RemoteRunner | None:

@@ -1,8 +1,8 @@
 """Write the README's performance section from `bench/results/*.json`: `python bench/readme.py`.
 
 One table per bench with a line for each of our variants in a case: its figure, and how many times
-better it is than each other provider in the same run. Ratios are of the medians; below 1 ours
-loses.
+better it is than each other provider in the same run; where whole trainings are compared, first
+than the best plain PyTorch, eager or compiled. Ratios are of the medians; below 1 ours loses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.common import OURS
+from harness.common import OURS, best_plain, is_ours
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTION = re.compile(r"(<!-- performance -->\n).*?(<!-- /performance -->)", re.S)
@@ -27,6 +27,7 @@ TITLES = {  # in this order
     "ops": "Ops, forward and (where there is one) backward (`bench/bench_<op>.py`)",
     "bench_swap": "In other people's trainings (`bench/bench_swap.py`)",
 }
+WHOLE = ("throughput", "time_to_accuracy")  # benches with plain PyTorch's systems
 METRICS = {"images per second", "time", "memory", "step", "patches per core", "images per core"}
 
 
@@ -62,7 +63,7 @@ def tables(found: list[dict[str, Any]]) -> str:
         for metric, providers in metrics.items():
             for provider, ours in providers.items():
                 better = comparison(providers, provider)
-                if not provider.startswith(OURS) or not better:
+                if not is_ours(provider) or not better:
                     continue
                 name = case if bench in TITLES else f"{bench.removeprefix('bench_')}: {case}"
                 if metric.startswith("seconds to "):
@@ -72,19 +73,36 @@ def tables(found: list[dict[str, Any]]) -> str:
                 figure = f"{ours['value']:,.4g} {ours['unit']}"
                 if math.isinf(ours["value"]):  # an accuracy in the time that was given
                     figure = "not reached"
-                line = f"| {name} | {figure} | {better} | {comparison(memory, provider)} |"
+                cells = [name, figure, better, comparison(memory, provider)]
+                if bench in WHOLE:
+                    cells.insert(2, against_best(providers, ours))
+                line = f"| {' | '.join(cells)} |"
                 blocks[bench if bench in TITLES else "ops"].append(line)
-    head = "| case | ours | times faster than | times less memory than |\n|---|---|---|---|\n"
     return "\n\n".join(
-        f"**{TITLES[title]}**\n\n{head}" + "\n".join(lines)
+        f"**{TITLES[title]}**\n\n{head(title)}" + "\n".join(lines)
         for title, lines in blocks.items()
         if lines
     )
 
 
+def head(title: str) -> str:
+    """The head of a table."""
+    names = ["case", "ours", "times faster than", "times less memory than"]
+    if title in WHOLE:
+        names.insert(2, "times faster than the best plain PyTorch")
+    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
+
+
+def against_best(providers: dict[str, dict[str, Any]], ours: dict[str, Any]) -> str:
+    """How many times better ours is than the best plain PyTorch, and which that is."""
+    values = {name: row["value"] for name, row in providers.items()}
+    best = best_plain(values, larger_is_better="/s" in ours["unit"])
+    return f"{word(ours, providers[best])} ({best})" if best else ""
+
+
 def comparison(providers: dict[str, dict[str, Any]], mine: str) -> str:
     """How many times better `mine` is than each other provider."""
-    theirs = {name: row for name, row in providers.items() if not name.startswith(OURS)}
+    theirs = {name: row for name, row in providers.items() if not is_ours(name)}
     shown = [row["value"] for row in (providers.get(mine), *theirs.values()) if row]
     if mine not in providers or min(shown) <= 0 or math.isinf(min(shown)):
         return ""
@@ -104,6 +122,17 @@ def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return by if "/s" in ours["unit"] else 1 / by
 
 
+def compilation(found: list[dict[str, Any]]) -> str:
+    """A sentence on the seconds of compilation that times to accuracy include, if any do."""
+    seconds = {
+        row["provider"]: row["value"]
+        for row in found
+        if row["metric"] == "compilation" and row["value"] > 0
+    }
+    listed = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    return f"\nTimes to accuracy include compilation: {listed}.\n" if listed else ""
+
+
 def updated(readme: str) -> str:
     """README.md with the tables of the committed results between its performance marks."""
     found = rows()
@@ -114,6 +143,7 @@ def updated(readme: str) -> str:
     text = (
         "Measured side by side in one run, at equal numerics (checked before timing), medians of "
         f"interleaved rounds; below 1 ours is slower:\n\n{machines}\n\n{tables(found)}\n"
+        f"{compilation(found)}"
     )
     after, count = SECTION.subn(lambda m: m[1] + text + m[2], readme)
     if count != 1:

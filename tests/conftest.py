@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the real data of `BAGSSL_DATA`, and skips for what is not here."""
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,15 @@ def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.force_simd_level(request.param)
     yield request.param
     _C.force_simd_level(None)
+
+
+@pytest.fixture
+def aot(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile without its code generation: what is traced runs in torch's own ops."""
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    yield
+    torch.compiler.reset()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

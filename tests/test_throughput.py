@@ -19,13 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 import throughput
+from bagssl_fast.config import OptimConfig
 from baselines.emp_ssl import EMPSSL
 from baselines.step import Setup
 from harness.cases import TRAINING, Case, Images
 from harness.clock import PHASES, CudaClock, Laps
-from harness.common import Row
-from harness.ours import OursDense, OursOnDevice, initial_weights
+from harness.common import Row, against_the_best, best_plain
+from harness.ours import OursCompiled, OursDense, OursOnDevice, initial_weights
 from harness.parity import check, model_flops
+from harness.photographs import TARS, data_folder
 
 CASE: Case = dataclasses.replace(
     TRAINING["cifar-tcr"],
@@ -140,6 +142,68 @@ def test_parity_sees_the_gradient_too(setup: Setup) -> None:
     assert not bad.green and bad.loss < 1e-4 and bad.gradient == pytest.approx(1)
 
 
+@pytest.mark.parametrize("name", ["torch_kornia", "torch_kornia_compile"])
+def test_plain_pytorch_with_kornia_does_the_same_work(setup: Setup, aot: None, name: str) -> None:
+    pytest.importorskip("kornia")
+    system = throughput.import_system(throughput.SYSTEMS[name][0])(setup)
+    parity = check(system)
+    assert system.name == name and system.compiled == name.endswith("compile")
+    assert parity.green and parity.seconds > 0
+    (batch,) = (b for i, b in enumerate(system.batches()) if i == 0)
+    assert batch.shape == (16, 3, 16, 16) and torch.isfinite(system.encode(batch)).all()
+
+
+def test_ours_compiled_does_the_same_work(setup: Setup, aot: None) -> None:
+    system = OursCompiled(setup)
+    assert system.compiled and check(system).green
+    system.close()
+
+
+def test_the_best_plain_pytorch_may_be_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = {"emp_ssl": 1.0, "torch": 4.0, "torch_kornia": 3.0, "bagssl_fast": 1.0}
+    assert best_plain(steps) == "torch_kornia"
+    steps["torch_kornia_compile"] = 2.0
+    assert best_plain(steps) == "torch_kornia_compile"
+    assert best_plain(steps, larger_is_better=True) == "torch"
+    assert best_plain({"emp_ssl": 1.0, "bagssl_fast": 1.0}) is None
+    against_the_best(steps)
+    assert "bagssl_fast is 2.00 times as fast as the best plain PyTorch, torch_kornia_compile" in (
+        capsys.readouterr().out
+    )
+
+
+def test_floors_refer_to_the_best_plain_pytorch() -> None:
+    class Options:
+        synthetic, device = False, "cpu"
+
+    bench = object.__new__(throughput.Bench)
+    bench.options = Options()
+    steps = {"emp_ssl": 0.5, "torch": 4.0, "torch_kornia_compile": 2.0, "bagssl_fast": 1.0}
+    assert bench.floors("cifar-tcr", steps) == {"emp_ssl": 6.0, "torch_kornia_compile": 2.5}
+
+
+def test_a_fresh_clone_needs_no_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("skimage")
+    monkeypatch.delenv("BAGSSL_DATA", raising=False)
+    words = "--quick --cases cifar-tcr --batch 4 --steps 1 --rounds 2 --seconds 0.1 --threads 1"
+    assert throughput.main([*words.split(), "--systems", "bagssl_fast"]) == 0
+    assert capsys.readouterr().out.count("scikit-image's photographs stand in") == 1
+    made = data_folder(None, tmp_path)
+    for name, (count, _, size) in TARS.items():
+        with tarfile.open(made / name) as tar:
+            members = tar.getmembers()
+            assert len(members) == count and len({m.name.split("/")[0] for m in members}) == 16
+            assert Image.open(tar.extractfile(members[1])).size == size  # type: ignore[arg-type]
+    assert data_folder(tmp_path, tmp_path) == tmp_path
+
+
+def test_a_tar_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(SystemExit, match=r"imagenet-sample.tar is not there: make it with"):
+        throughput.main(["--cases", "imagenet-tcr", "--data", str(folder), "--steps", "1"])
+
+
 def test_parity_leaves_the_model_as_it_was(setup: Setup) -> None:
     system = EMPSSL(setup)
     before = {k: v.clone() for k, v in system.model.state_dict().items()}
@@ -202,6 +266,104 @@ def test_laps_on_a_gpu_are_between_events_and_wait_once() -> None:
     # The marks are 2, 3, ..., 11 ms apart; each phase has two laps, five marks from each other.
     assert [round(seconds[phase] * 1e3) for phase in PHASES] == [9, 11, 13, 15, 17]
     assert sum(seconds.values()) == pytest.approx(65e-3)
+
+
+@pytest.fixture
+def short_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aot: None
+) -> list[str]:
+    """Arguments of a time_to_accuracy of seconds: one step of tiny networks."""
+    import time_to_accuracy
+
+    case = dataclasses.replace(CASE, patches=8, view=24, stride=8, views=2, optim=OptimConfig())
+    monkeypatch.setattr(time_to_accuracy, "CASE", case)
+    monkeypatch.setattr(time_to_accuracy, "EVAL_PATCHES", 4)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "cifar10-test.tar").symlink_to(folder / "cifar10-train.tar")
+    (tmp_path / "cifar10-train.tar").symlink_to(folder / "cifar10-train.tar")
+    words = [
+        "--seeds",
+        "1",
+        "--images",
+        "8",
+        "--bank",
+        "8",
+        "--evaluations",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+    ]
+    return ["--data", str(tmp_path), *words, str(tmp_path / "rows.json")]
+
+
+def test_time_to_accuracy_counts_compilation_and_keeps_what_is_done(
+    short_training: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("kornia")
+    import time_to_accuracy
+
+    systems = ["--systems", "torch_kornia_compile", "bagssl_fast"]
+    time_to_accuracy.main([*short_training, *systems])
+    said = capsys.readouterr().out
+    rows = {(r["provider"], r["metric"]): r["value"] for r in read_rows(short_training[-1])}
+    compilation = rows["torch_kornia_compile", "compilation"]
+    assert compilation > 0 == rows["bagssl_fast", "compilation"]
+    assert f"compiled in {compilation:.1f} s, which count" in said
+    training = time_to_accuracy.Training(2.0, [(0.0, 0.4, 0.5), (12.0, 0.6, 0.6)])
+    report = throughput.Report("time_to_accuracy", 1)
+    time_to_accuracy.record(report, {"torch_kornia_compile": [training]})
+    seconds = {row.metric: row.value for row in report.rows}
+    assert seconds["seconds to 50% kNN"] == pytest.approx(6.0) and seconds["compilation"] == 2
+
+    run = time_to_accuracy.run
+
+    def interrupted(system: Any, *args: Any) -> Any:
+        if system.name == "bagssl_fast":
+            raise KeyboardInterrupt
+        return run(system, *args)
+
+    monkeypatch.setattr(time_to_accuracy, "run", interrupted)
+    Path(short_training[-1]).unlink()
+    with pytest.raises(KeyboardInterrupt):
+        time_to_accuracy.main([*short_training, *systems])
+    assert {row["provider"] for row in read_rows(short_training[-1])} == {"torch_kornia_compile"}
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(Path(path).read_text())
+    return rows
+
+
+def test_time_to_accuracy_refuses_other_work(
+    short_training: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time_to_accuracy
+
+    monkeypatch.setattr(throughput, "import_system", lambda where: WrongLoss)
+    with pytest.raises(SystemExit, match="wrong does not do the same work"):
+        time_to_accuracy.main([*short_training, "--systems", "emp_ssl"])
+
+
+def test_time_to_accuracy_needs_cifar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import time_to_accuracy
+
+    monkeypatch.delenv("BAGSSL_DATA", raising=False)
+    with pytest.raises(SystemExit):
+        time_to_accuracy.parse([])
+    assert "bagssl pack FOLDER:train cifar10-train.tar" in capsys.readouterr().err
+
+
+def test_time_to_accuracy_has_a_short_form(folder: Path) -> None:
+    import time_to_accuracy
+
+    short = time_to_accuracy.parse(["--data", str(folder), "--short", "--bank", "7"])
+    assert (short.seeds, short.bank) == (1, 7)
+    assert short.systems == ["bagssl_fast", "torch_kornia", "torch_kornia_compile"]
+    full = time_to_accuracy.parse(["--data", str(folder)])
+    assert full.seeds == 3 and {*short.systems} < {*full.systems}
 
 
 def test_time_to_accuracy_is_read_between_two_evaluations() -> None:

@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from bagssl_fast.data import Batch, ImageBatch
@@ -21,6 +20,7 @@ from bagssl_fast.training.meter import Meter
 from bagssl_fast.training.optim import learning_rate
 from bagssl_fast.training.reporter import Reporter
 from bagssl_fast.training.run import Run, save
+from bagssl_fast.training.step import objective
 
 
 def train(run: Run) -> None:
@@ -86,9 +86,7 @@ def train(run: Run) -> None:
 
 def step(run: Run, patches: Tensor) -> Computed:
     """One step up to the optimizer: forward, loss, backward."""
-    with torch.autocast(patches.device.type, run.precision, run.precision != torch.float32):
-        h, z = run.forward(patches)
-    loss, terms = run.loss(z.float())
+    loss, terms, h, z = objective(run.forward, run.loss, patches, run.precision)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     return Computed(loss.detach(), terms, h, z)

@@ -6,16 +6,14 @@ import json
 import os
 from dataclasses import dataclass, replace
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bagssl_fast import cli, machine, ops
-from bagssl_fast.augment import differing
 from bagssl_fast.config import Config, check, number_of_slots
 from bagssl_fast.data import (
     BagLoader,
@@ -35,9 +33,14 @@ from bagssl_fast.models import saved
 from bagssl_fast.models.bag_model import BagModel, build_model
 from bagssl_fast.terminal import say
 from bagssl_fast.training import checkpoint
+from bagssl_fast.training.choices import (
+    Choices,
+    choose,
+    compiled_or_eager,
+    time_precisions,
+)
 from bagssl_fast.training.optim import WeightAverage, build_optimizer
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from bagssl_fast.training.step import PRECISIONS
 
 
 @dataclass
@@ -55,9 +58,13 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None  # with --ema
-    precision: torch.dtype
+    choices: Choices
     total_steps: int
     step: int = 0
+
+    @property
+    def precision(self) -> torch.dtype:
+        return PRECISIONS[self.choices.precision]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -109,10 +116,15 @@ def prepare(config: Config, me: Ranks) -> Run:
             f"--batch_size {config.batch_size} is larger than the data set, {images} images "
             f"in {config.data}: take at most {images}, or more images"
         )
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if me.device.type == "cuda" else "fp32"
-    loader = make_loader(config, source, me, precision, threads)
+    total_steps = config.max_steps or config.epochs * (images // config.batch_size)
+    choices = choose(
+        config,
+        me,
+        state.get("choices") if state else None,
+        total_steps,
+        lambda: time_precisions(model, loss, example(config, me, torch.float32)),
+    )
+    loader = make_loader(config, source, me, choices, threads)
 
     run = Run(
         config=config,
@@ -121,20 +133,24 @@ def prepare(config: Config, me: Ranks) -> Run:
         source=source,
         loader=loader,
         model=model,
-        forward=distribute(model, config, me),
+        forward=distribute(model, me),
         loss=loss,
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(me.device.type, enabled=precision == "fp16"),
+        scaler=torch.amp.GradScaler(me.device.type, enabled=choices.precision == "fp16"),
         average=WeightAverage(model, config.ema) if config.ema else None,
-        precision=PRECISIONS[precision],
-        total_steps=config.max_steps or config.epochs * len(loader),
+        choices=choices,
+        total_steps=total_steps,
     )
     if state is not None:
         restore(run, state)
+    if choices.compile:  # now that nothing else can refuse the run
+        patches = example(config, me, getattr(torch, choices.dtype))
+        run.forward, done = compiled_or_eager(run.forward, loss, patches, config, choices, me)
+        run.choices = replace(choices, compile=done)
     if me.is_main:
         checkpoint.open_run_dir(run_dir, config.resume, config.overwrite)
         write_atomic(run_dir / "config.yaml", cli.to_yaml(config).encode())
-        text = json.dumps(machine.report(), indent=2) + "\n"
+        text = json.dumps(machine.report() | {"choices": run.choices.state()}, indent=2) + "\n"
         write_atomic(run_dir / "env.json", text.encode())
         log_summary(run, found)
     return run
@@ -157,23 +173,15 @@ def choose_run_dir(config: Config, me: Ranks) -> Path:
 
 
 def make_loader(
-    config: Config, source: Source, me: Ranks, precision: str, threads: int
+    config: Config, source: Source, me: Ranks, choices: Choices, threads: int
 ) -> BagLoader:
     """The loader of this rank's share of every batch."""
-    dtype = config.loader.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if precision == "bf16" and me.device.type == "cuda" else "float32"
     odd = config.augment_odd
     indices = None
     if 0 < config.max_images < len(source):
         generator = torch.Generator().manual_seed(config.seed)
         indices = torch.randperm(len(source), generator=generator)[: config.max_images].numpy()
     augments = (config.augment,) if odd is None else (config.augment, odd)
-    views = config.loader.views
-    if views == "auto":
-        by_kernel = me.device.type == "cuda" and config.impl in ("auto", "cuda")
-        by_kernel = by_kernel and find_spec("triton") is not None and not differing(augments)
-        views = "device" if by_kernel else "host"
     return BagLoader(
         source,
         batch_size=config.batch_size // me.world_size,
@@ -181,20 +189,26 @@ def make_loader(
         augment=augments,
         order=Order(seed=config.seed, indices=indices),
         share=Share(me.rank, me.world_size),
-        output=Output(dtype, views, pin_memory=me.device.type == "cuda"),
+        output=Output(choices.dtype, choices.views, pin_memory=me.device.type == "cuda"),
         decoding=Decoding(config.loader.on_error),
         threads=Threads(config.loader.num_threads or threads, config.loader.batches_ahead),
     )
 
 
-def distribute(model: BagModel, config: Config, me: Ranks) -> nn.Module:
-    """The model as the loop calls it: averaged over ranks, compiled, as asked."""
-    forward: nn.Module = model
-    if me.group is not None:
-        # Batch norms that do not share their statistics take rank 0's every step, DDP's default.
-        devices = [me.device.index] if me.device.type == "cuda" else None
-        forward = DistributedDataParallel(model, devices, process_group=me.group)
-    return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]
+def distribute(model: BagModel, me: Ranks) -> nn.Module:
+    """The model whose gradients are averaged over the ranks, if there are several."""
+    if me.group is None:
+        return model
+    # Batch norms that do not share their statistics take rank 0's every step, DDP's default.
+    devices = [me.device.index] if me.device.type == "cuda" else None
+    return DistributedDataParallel(model, devices, process_group=me.group)
+
+
+def example(config: Config, me: Ranks, dtype: torch.dtype) -> Tensor:
+    """Random patches of the shape and memory of a rank's batches, for trials of a step."""
+    size, batch = config.augment.size, config.batch_size // me.world_size
+    pixels = torch.rand((config.bag.patches, batch, size, size, 3), device=me.device)
+    return pixels.to(dtype).permute(0, 1, 4, 2, 3)
 
 
 def log_summary(run: Run, found: Path | None) -> None:
@@ -209,10 +223,8 @@ def log_summary(run: Run, found: Path | None) -> None:
         f"model    {config.encoder.name} + {config.head.name}, {weights / 1e6:.2f} M weights; "
         f"loss {config.loss.name} over {number_of_slots(config)} slots"
     )
-    say(
-        f"device   {device} x {run.ranks.world_size}, {run.precision}, "
-        f"{torch.get_num_threads()} threads"
-    )
+    say(f"device   {device} x {run.ranks.world_size}, {torch.get_num_threads()} threads")
+    say(f"chosen   {run.choices}")
     epochs = f"{run.total_steps / run.steps_per_epoch:.4g} epochs of {run.steps_per_epoch}"
     by = f" by --max_steps, not {config.epochs} by --epochs" if config.max_steps else ""
     say(f"steps    {run.step} of {run.total_steps} done: {epochs}{by}")
@@ -221,7 +233,11 @@ def log_summary(run: Run, found: Path | None) -> None:
 
 def identity(run: Run) -> dict[str, Any]:
     """All that decides the trained weights, to compare on resuming."""
-    return cli.identity(run.config) | {"data.fingerprint": str(run.source.fingerprint)}
+    return cli.identity(run.config) | {
+        "data.fingerprint": str(run.source.fingerprint),
+        "precision": run.choices.precision,
+        "loader.dtype": run.choices.dtype,
+    }
 
 
 def save(run: Run) -> None:
@@ -234,6 +250,7 @@ def save(run: Run) -> None:
         return
     state = {
         "identity": identity(run),
+        "choices": run.choices.state(),
         "step": run.step,
         "model": run.model.state_dict(),
         "loss": run.loss.state_dict(),

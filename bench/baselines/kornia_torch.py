@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from baselines.loader_kornia import pipeline
-from baselines.plain_torch import PlainTorch
+from baselines.plain_torch import CompiledTorch, PlainTorch
 from baselines.step import Setup
 from harness.cases import Case
 
@@ -34,3 +34,9 @@ class KorniaTorch(PlainTorch):
             images = self.pixels[rows].to(self.setup.device).float().div_(255)
             patches = self.pipeline(images.repeat(self.case.patches, 1, 1, 1))
             yield patches.contiguous(memory_format=torch.channels_last)
+
+
+class CompiledKorniaTorch(CompiledTorch, KorniaTorch):
+    """kornia's transforms as they are, model and loss compiled."""
+
+    name = "torch_kornia_compile"

@@ -61,6 +61,7 @@ class System:
     name: ClassVar[str]
     losses: ClassVar[tuple[str, ...]] = ("emp_ssl", "vicreg")
     note: ClassVar[str] = ""
+    compiled: ClassVar[bool] = False  # by torch.compile, at the first step of a shape
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.case = setup, setup.case

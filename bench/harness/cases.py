@@ -155,6 +155,12 @@ def prepare_images(corpus: str, data: Path, count: int, work: Path) -> Images:
     """
     from PIL import Image
 
+    if not (data / TARS[corpus]).is_file():
+        raise SystemExit(
+            f"{data / TARS[corpus]} is not there: make it with `bagssl pack SOURCE {TARS[corpus]} "
+            "--short_side 0` from a folder of images (or torchvision's CIFAR files), or choose "
+            "other --cases"
+        )
     folder = work / f"{corpus}-{count}"
     folder.mkdir()
     arrays, files, classes = [], [], []

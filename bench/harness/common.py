@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import io
 import json
 import math
 import os
@@ -31,9 +32,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bagssl_fast.files import write_atomic
 from harness.machine import cores, machine_line
 
 OURS = "bagssl_fast"
+PLAIN = "torch"  # names of plain PyTorch's systems begin with it: eager, compiled, kornia's
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,12 @@ def arguments(
     parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds per case")
     parser.add_argument("--threads", type=int, default=cores(), help="threads of every provider")
     if data:
-        here = os.environ.get("BAGSSL_DATA", "../shared/data")
-        parser.add_argument("--data", type=folder, default=here, help="folder of the tars")
+        parser.add_argument(
+            "--data",
+            type=folder,
+            default=os.environ.get("BAGSSL_DATA"),
+            help="folder of the tars (default: BAGSSL_DATA)",
+        )
     return parser
 
 
@@ -238,6 +245,10 @@ class Report:
         """Repeats the missed floors and writes the rows to the given paths."""
         if self.missed:
             print(paint("\nfloors missed:\n  " + "\n  ".join(self.missed), "red"))
+        self.write(json_path, csv_path)
+
+    def write(self, json_path: Path | None = None, csv_path: Path | None = None) -> None:
+        """Writes the rows so far: an interruption of the bench leaves them."""
         for path in (json_path, csv_path):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,12 +258,36 @@ class Report:
                 {k: None if v == math.inf else v for k, v in asdict(row).items()}
                 for row in self.rows
             ]
-            json_path.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
+            write_atomic(json_path, (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode())
         if csv_path:
-            with csv_path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-                writer.writeheader()
-                writer.writerows(asdict(row) for row in self.rows)
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, [f.name for f in fields(Row)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in self.rows)
+            write_atomic(csv_path, text.getvalue().encode())
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith(OURS)
+
+
+def best_plain(values: Mapping[str, float], larger_is_better: bool = False) -> str | None:
+    """The best of plain PyTorch's systems, eager or compiled; None if none was measured."""
+    plain = {name: value for name, value in values.items() if name.split("_")[0] == PLAIN}
+    if not plain:
+        return None
+    return (max if larger_is_better else min)(plain, key=lambda name: plain[name])
+
+
+def against_the_best(seconds: Mapping[str, float], what: str = "") -> None:
+    """Says how each of ours compares with the best plain PyTorch; inf is what did not get there."""
+    best = best_plain(seconds)
+    if best is None or math.isinf(seconds[best]):
+        return
+    for name in filter(is_ours, seconds):
+        ratio = seconds[best] / max(seconds[name], 1e-9)
+        text = f"  {name} is {ratio:.2f} times as fast as the best plain PyTorch, {best}{what}"
+        print(paint(text, "cyan" if ratio >= 1 else "red"))
 
 
 def number(value: float) -> str:

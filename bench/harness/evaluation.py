@@ -25,10 +25,16 @@ PATCHES_AT_ONCE = 4096  # of patch-by-patch encoding
 
 
 def bag_encoders(
-    case: Case, pixels: NDArray[np.uint8], count: int, device: str, weights: Sequence[Tensor]
+    case: Case,
+    pixels: NDArray[np.uint8],
+    count: int,
+    device: str,
+    weights: Sequence[Tensor],
+    compiled: bool = False,
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     """Functions that embed the bags of images [B, H, W, 3], and how far each is from float64.
 
+    Where `compiled`, plain PyTorch's encoder is there a second time, under torch.compile.
     The images are in memory and normalized: timed are the encoding and, for the
     patch-by-patch encoder, the cutting.
     """
@@ -62,6 +68,9 @@ def bag_encoders(
         "bagssl_fast": torch.inference_mode()(lambda: patch_by_patch(ours.embed)),
         "bagssl_fast_dense": dense,
     }
+    if compiled:
+        faster: Any = torch.compile(plain, dynamic=False)
+        calls["torch_compile"] = torch.inference_mode()(lambda: patch_by_patch(faster))
     few = images[:4].double()
     exact = our_model(case).double().eval().to(device)
     with torch.inference_mode():

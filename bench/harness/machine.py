@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bagssl_fast.machine import cpu_flags, instruction_set
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,13 +28,15 @@ def version(package: str) -> str | None:
 
 
 def machine_line(threads: int | None = None) -> str:
-    """CPU, GPU, threads, versions and the git revision (`+dirty` with uncommitted changes)."""
+    """CPU with its instruction set, GPU, threads, versions, git revision (`+dirty`: changed)."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    parts = [f"{cpu} ({cores()} cores)"]
+    parts = [f"{cpu} ({cores()} cores)", instruction_set(cpu_flags())]
+    if level := os.environ.get("BAGSSL_SIMD"):
+        parts.append(f"ours held to {level}")
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())

@@ -23,7 +23,7 @@ from baselines.step import System
 from harness.cases import Case
 from harness.ours import OursDense, our_model
 
-IMAGES = 8  # of a parity check
+IMAGES = 8  # of a parity check; a compiled system takes its own batch, whose code it will run
 # Relative: of the loss, of the gradient. Channels-last (torch 2.14, CPU), gradients through
 # batch norm have errors up to 5e-3, plain torch's as ours; contiguous ones 1e-6.
 # bfloat16 has 8 bits.
@@ -31,11 +31,16 @@ TOLERANCE = {"cpu": (1e-4, 1e-2), "cuda": (2e-2, 0.2)}
 
 
 class Parity(NamedTuple):
-    """Relative errors and whether they are small enough."""
+    """Relative errors, whether they are small enough, and the seconds that they took.
+
+    `seconds` are those of the system's own forward and backward: of a compiled one, its first,
+    which is its compilation.
+    """
 
     loss: float
     gradient: float
     green: bool
+    seconds: float
 
     def __str__(self) -> str:
         return f"relative errors: loss {self.loss:.1e}, gradient {self.gradient:.1e}"
@@ -43,7 +48,7 @@ class Parity(NamedTuple):
 
 def check(system: System) -> Parity:
     """Compares a system with the truth on a small batch."""
-    example = system.example(IMAGES)
+    example = system.example(None if system.compiled else IMAGES)
     if isinstance(system, OursDense):
         patches = torch.cat([cut(view, system.case) for view in example])
         found = [
@@ -52,13 +57,22 @@ def check(system: System) -> Parity:
         ]
     else:
         found = [compare(system, example, truth(system.case, system, example, True), True)]
-    loss = max(error for error, _ in found)
-    gradient = max(error for _, error in found)
+    loss = max(errors.loss for errors in found)
+    gradient = max(errors.gradient for errors in found)
+    seconds = found[-1].seconds  # in training mode
     most = TOLERANCE[system.setup.device]
-    return Parity(loss, gradient, loss <= most[0] and gradient <= most[1])
+    return Parity(loss, gradient, loss <= most[0] and gradient <= most[1], seconds)
 
 
 Result = tuple[Tensor, Tensor]  # the loss, the gradient of all weights as one vector
+
+
+class Errors(NamedTuple):
+    """Relative errors of a system's loss and gradient, and the seconds that it took for both."""
+
+    loss: float
+    gradient: float
+    seconds: float
 
 
 def truth(case: Case, system: System, inputs: Tensor, train: bool) -> Result:
@@ -73,20 +87,23 @@ def truth(case: Case, system: System, inputs: Tensor, train: bool) -> Result:
     return loss.detach(), gradient(model.parameters())
 
 
-def compare(system: System, inputs: Tensor, needed: Result, train: bool) -> tuple[float, float]:
-    """Relative errors of a system's loss and gradient; the model is not changed."""
+def compare(system: System, inputs: Tensor, needed: Result, train: bool) -> Errors:
+    """Compares a system with the truth; its model is not changed."""
     model = system.model
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.train(train)
-    loss = system.loss(system.encode(system.adapt(inputs.to(system.setup.device))).float())
+    batch = system.adapt(inputs.to(system.setup.device))
+    begin = time.perf_counter()
+    loss = system.loss(system.encode(batch).float())
     loss.backward()
     got = gradient(model.parameters()).double().cpu()
+    seconds = time.perf_counter() - begin
     system.optimizer.zero_grad()
     model.load_state_dict(state)
     model.train()
     value = loss.detach().double().cpu()
     error = ((value - needed[0]) / needed[0]).abs().item()
-    return error, ((got - needed[1]).norm() / needed[1].norm()).item()
+    return Errors(error, ((got - needed[1]).norm() / needed[1].norm()).item(), seconds)
 
 
 def gradient(parameters: Any) -> Tensor:
