@@ -218,7 +218,8 @@ class Config:
             evaluated; 0 for none.
         log_every: Steps between two lines of metrics.jsonl.
         checkpoint_every: Epochs between two checkpoints, a fraction allowed; 0 only at the end.
-        keep_checkpoints: Checkpoints to keep, the newest ones.
+        keep_checkpoints: Checkpoints to keep, the newest ones; at least 2, the second for when the
+            first is damaged.
         tensorboard: Write TensorBoard events too (needs the extra `tensorboard`).
         bag: How an image becomes a bag.
         augment: The augmentation of a patch, or of a view where `bag.dense` is set.
@@ -305,7 +306,7 @@ def check(config: Config) -> None:
     _at_least("max_steps", c.max_steps, 0)
     _at_least("max_images", c.max_images, 0)
     _at_least("log_every", c.log_every, 1)
-    _at_least("keep_checkpoints", c.keep_checkpoints, 1)
+    _at_least("keep_checkpoints", c.keep_checkpoints, 2)
     _at_least("loader.batches_ahead", c.loader.batches_ahead, 1)
     if c.batch_size < 2:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 
 from bagssl_fast.files import write_atomic
 from bagssl_fast.models import saved
-from bagssl_fast.training import checkpoint
+from bagssl_fast.training import checkpoint, directory
 
 
 def state(step):
@@ -94,22 +94,22 @@ def test_export(tmp_path):
 
 class TestRunDir:
     def test_fresh_and_empty(self, tmp_path):
-        checkpoint.open_run_dir(tmp_path / "a" / "b", "never", False)
-        checkpoint.open_run_dir(tmp_path / "a" / "b", "never", False)
+        directory.open_run_dir(tmp_path / "a" / "b", "never", False)
+        directory.open_run_dir(tmp_path / "a" / "b", "never", False)
 
     def test_refuses_what_is_not_empty(self, tmp_path):
         (tmp_path / "config.yaml").write_text("")
         with pytest.raises(ValueError, match="--resume auto resumes it, --overwrite true"):
-            checkpoint.open_run_dir(tmp_path, "never", False)
-        checkpoint.open_run_dir(tmp_path, "auto", False)
+            directory.open_run_dir(tmp_path, "never", False)
+        directory.open_run_dir(tmp_path, "auto", False)
         assert (tmp_path / "config.yaml").exists()
-        checkpoint.open_run_dir(tmp_path, "never", True)
+        directory.open_run_dir(tmp_path, "never", True)
         assert not any(tmp_path.iterdir())
 
     def test_never_deletes_what_is_not_a_run(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("")
         with pytest.raises(ValueError, match="not a run directory"):
-            checkpoint.open_run_dir(tmp_path, "never", True)
+            directory.open_run_dir(tmp_path, "never", True)
         assert (tmp_path / "thesis.tex").exists()
 
     @pytest.mark.parametrize("overwrite", [False, True])
@@ -117,17 +117,17 @@ class TestRunDir:
         """It has nothing to delete, and a link cannot be deleted as a directory."""
         (tmp_path / "disk").mkdir()
         (tmp_path / "run").symlink_to(tmp_path / "disk")
-        checkpoint.open_run_dir(tmp_path / "run", "never", overwrite)
+        directory.open_run_dir(tmp_path / "run", "never", overwrite)
         assert (tmp_path / "run").is_symlink() and (tmp_path / "disk").is_dir()
 
     def test_only_overwrite_deletes(self, tmp_path, monkeypatch):
         """What appears after the check is not lost."""
-        monkeypatch.setattr(checkpoint, "check_run_dir", lambda *_: None)
+        monkeypatch.setattr(directory, "check_run_dir", lambda *_: None)
         (tmp_path / "late.txt").write_text("")
-        checkpoint.open_run_dir(tmp_path, "never", False)
+        directory.open_run_dir(tmp_path, "never", False)
         assert (tmp_path / "late.txt").exists()
 
     def test_a_file(self, tmp_path):
         (tmp_path / "f").write_text("")
         with pytest.raises(ValueError, match="is a file"):
-            checkpoint.open_run_dir(tmp_path / "f", "never", False)
+            directory.open_run_dir(tmp_path / "f", "never", False)
