@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, Protocol
@@ -64,6 +65,29 @@ def program(body: Callable[[Sequence[str]], None]) -> Main:
         return 0
 
     return main
+
+
+@contextlib.contextmanager
+def deadline(stop: Stopped) -> Iterator[None]:
+    """Ends the process if the body takes longer than `PATIENCE`: a thread that reads from a dead
+    disk cannot be joined.
+
+    Args:
+        stop: What the process ends with.
+    """
+
+    def leave() -> None:
+        if _speaks():
+            os.write(2, f"{stop}\n".encode())
+        os._exit(128 + stop.number)
+
+    timer = threading.Timer(PATIENCE, leave)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MARK = b"bagssl sha256 "  # a sealed file ends in this and the SHA-256 of what is before it
 SEAL_BYTES = len(MARK) + hashlib.sha256().digest_size
@@ -46,7 +46,7 @@ class _Sink:
 
 
 def write_atomic(
-    path: Path, content: bytes | Callable[[_Sink], object], sealed: bool = False
+    path: Path, content: bytes | Callable[[Any], object], sealed: bool = False
 ) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part of it.
 

@@ -302,7 +302,7 @@ class TestDiverged:
         assert "step 6" in said and "covariance = nan" in said and "--optim.lr" in said
         assert "invariance =" not in said
         state = final(run_dir)
-        assert state["step"] == 4 and "step_000000004.pt" in said
+        assert state["step"] == 5 and "step_000000005.pt" in said
         assert all(v.isfinite().all() for v in state["model"].values())
 
     def test_never_saves_weights_that_are_not_finite(self, start, monkeypatch, capsys):

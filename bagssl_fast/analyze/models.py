@@ -30,8 +30,8 @@ from bagssl_fast.models import saved
 from bagssl_fast.models.bag_model import BagModel
 from bagssl_fast.terminal import say
 from bagssl_fast.training import checkpoint
+from bagssl_fast.training.guard import Diverged
 from bagssl_fast.training.loop import train
-from bagssl_fast.training.meter import Diverged
 from bagssl_fast.training.run import prepare
 
 DONE = "done.json"
