@@ -139,7 +139,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def eval_identity(config: Config) -> dict[str, Any]:
-    """What an evaluation measures of a run: two with the same may replace each other."""
+    """What an evaluation measures of a run: two with the same are comparable."""
     options = asdict(config.eval)
     del options["enabled"], options["batch_size"]
     names = ("data", "test_data", "labels")

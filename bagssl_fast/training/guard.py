@@ -60,13 +60,13 @@ class Guard:
             torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)
         )
         self.copies: list[Tensor] = []
-        self.rng = torch.get_rng_state()
+        self.rng, self.loss = torch.get_rng_state(), run.loss.state_dict()
 
     @torch.no_grad()
     def keep(self) -> None:
         """Copies what the step may spoil: before each step."""
         if self.on_host:
-            self.rng = torch.get_rng_state()
+            self.rng, self.loss = torch.get_rng_state(), self.run.loss.state_dict()
         if self.on_host or self.skip:
             tensors = self._at_risk()
             if len(tensors) != len(self.copies):  # an optimizer makes its state at the first step
@@ -101,6 +101,7 @@ class Guard:
         self.most = torch.maximum(self.most, self.in_a_row)
         if not self.on_host or not bool(self.bad):
             return True
+        run.loss.load_state_dict(self.loss)
         torch._foreach_copy_(self._at_risk(), self.copies)
         torch.set_rng_state(self.rng)
         what = self._culprits(patches)
