@@ -67,13 +67,10 @@ def program(body: Callable[[Sequence[str]], None]) -> Main:
     return main
 
 
-@contextlib.contextmanager
-def deadline(stop: Stopped) -> Iterator[None]:
-    """Ends the process if the body takes longer than `PATIENCE`: a thread that reads from a dead
-    disk cannot be joined.
+def end_soon(stop: Stopped) -> threading.Timer:
+    """Ends the process in `PATIENCE` seconds, unless the timer is canceled before.
 
-    Args:
-        stop: What the process ends with.
+    A thread that reads from a dead disk cannot be joined, and would hold up the end for ever.
     """
 
     def leave() -> None:
@@ -84,10 +81,7 @@ def deadline(stop: Stopped) -> Iterator[None]:
     timer = threading.Timer(PATIENCE, leave)
     timer.daemon = True
     timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return timer
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bagssl_fast import cli, locate, machine
 from bagssl_fast.config import Config, check
-from bagssl_fast.exits import FAILED, WRONG_USAGE, Failed, Stopped, deadline, errors_end, program
+from bagssl_fast.exits import FAILED, WRONG_USAGE, Failed, errors_end, program
 from bagssl_fast.terminal import say
 
 SKIP = "--loader.on_error skip"
@@ -66,12 +66,7 @@ def main(argv: Sequence[str]) -> None:
             run = prepare(config, me)
         # Before the group is left: the others would fail at that, and torchrun end this process.
         with contextlib.closing(run), errors_end(FAILED, SKIP):
-            try:
-                train(run)
-            except Stopped as stop:
-                with deadline(stop):
-                    run.close()
-                raise
+            train(run)
     finally:
         ranks.stop()
     if not me.is_main:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -113,18 +113,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-class Interrupted(Exception):
-    """A signal came while this process waited for data.
-
-    Args:
-        number: The signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 class StopSignals:
     """Signals that ask the loop to save and stop; a SIGINT after one ends the process at once.
 
@@ -142,7 +130,7 @@ class StopSignals:
     def __init__(self, alone: bool = True) -> None:
         self.alone = alone
         self.received = 0
-        self.is_waiting = False
+        self.leave: Callable[[int], Exception] | None = None  # while waiting
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -156,19 +144,20 @@ class StopSignals:
         return self
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self, leave: Callable[[int], Exception]) -> Iterator[None]:
         """Around a wait for data, which a signal ends.
 
-        Raises:
-            Interrupted: If one came.
+        Args:
+            leave: Called with the signal, within its handler: what it returns is raised from the
+                wait. To leave the wait may itself take for ever, so it has to save first.
         """
-        self.is_waiting = True
+        self.leave = leave
         try:
             if self.received:
                 self._leave()
             yield
         finally:
-            self.is_waiting = False
+            self.leave = None
             if self.received and not self.alone:
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -179,17 +168,19 @@ class StopSignals:
             if number == signal.SIGINT and os.environ.get("LOCAL_RANK", "0") == "0":
                 os.write(2, b"stopping after this step; Ctrl-C again stops without saving\n")
         self.received = number
-        if self.is_waiting:
+        if self.leave is not None:
             self._leave()
 
     def _leave(self) -> None:
         if self.alone:
-            raise Interrupted(self.received)
-        signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
+            self._wake(self.received, None)
+        else:
+            signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
 
     def _wake(self, number: int, frame: FrameType | None) -> None:
-        if self.is_waiting:
-            raise Interrupted(self.received)
+        leave, self.leave = self.leave, None
+        if leave is not None:
+            raise leave(self.received)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.previous.items():

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bagssl_fast.data import Batch, ImageBatch
 from bagssl_fast.data.feed import prefetch
-from bagssl_fast.distributed.ranks import Interrupted, StopSignals
-from bagssl_fast.exits import Failed, Stopped
+from bagssl_fast.distributed.ranks import StopSignals
+from bagssl_fast.exits import Failed, Stopped, end_soon
 from bagssl_fast.terminal import say
 from bagssl_fast.training import checkpoint
 from bagssl_fast.training.cuda_graph import Computed, GraphedStep
@@ -46,9 +46,6 @@ def train(run: Run) -> None:
     with StopSignals(alone=run.ranks.group is None) as stop, contextlib.closing(reporter):
         try:
             steps(run, guard, reporter, stop)
-        except Interrupted as interrupted:
-            guard.check_weights()
-            raise stopped(run, interrupted.number) from None
         except Diverged as error:
             raise Diverged(f"{error}; last good state: {save_if_good(run, guard)}") from None
 
@@ -66,7 +63,7 @@ def steps(run: Run, guard: Guard, reporter: Reporter, stop: StopSignals) -> None
     feed = bags(run)
     while run.step < run.total_steps:
         try:
-            with stop.waiting():
+            with stop.waiting(partial(leave, run, guard)):
                 patches = next(feed)
         except (ValueError, OSError):
             save_if_good(run, guard)
@@ -146,6 +143,14 @@ def save_if_good(run: Run, guard: Guard) -> str:
         except OSError as error:
             say(f"warning  the state of step {run.step} cannot be saved: {error}")
     return str(newest or "none was saved yet")
+
+
+def leave(run: Run, guard: Guard, number: int) -> Stopped:
+    """Saves for a signal that came while the training waited for data, which may never come."""
+    guard.check_weights()
+    stop = stopped(run, number)
+    run.ending = end_soon(stop)
+    return stop
 
 
 def stopped(run: Run, number: int) -> Stopped:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class Run:
     total_steps: int
     step: int = 0
     directory: RunDirectory | None = None  # of the main process
+    ending: Timer | None = None  # ends the process if `close` cannot
 
     @property
     def steps_per_epoch(self) -> int:
@@ -68,6 +70,8 @@ class Run:
     def close(self) -> None:
         """Ends the loader's threads and lets other processes train in the run directory."""
         self.loader.close()
+        if self.ending is not None:
+            self.ending.cancel()
         if self.directory is not None:
             self.directory.close()
 
