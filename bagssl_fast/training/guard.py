@@ -24,6 +24,8 @@ HELP = (
 # A projection is collapsed below this spread (1 is even, trainings have 0.5 and more), or in fewer
 # directions than this; the second says something only of a batch that could have more.
 SPREAD, DIRECTIONS, ENOUGH_IMAGES = 0.1, 2.5, 16
+# Losses that pull each dimension to a standard deviation of 1 collapse by shrinking, too.
+UNIT_LOSSES, SMALL = ("vicreg", "sigreg"), 0.05
 HELP_OF_LOSS = {
     "vicreg": "a larger --loss.options.std_coeff or a smaller sim_coeff",
     "emp_ssl": "a smaller --loss.options.patch_sim",
@@ -235,35 +237,45 @@ class CollapseWatch:
         self.run = run
         self.every = min(run.config.log_every, 50)
         self.seen = 0
+        self.size = -1.0  # of the projections when it first looked
+
+    def is_due(self) -> bool:
+        """Whether to look at the step just done."""
+        return self.size < 0 or self.run.step % self.every == 0
 
     def look(self, patches: Tensor, z: Tensor, record: dict[str, float] | None) -> None:
-        """Looks at one step, of those that `every` divides.
+        """Looks at one step that is due.
 
         Args:
             patches: [P, B, C, h, w].
             z: Projections [P, B, D].
             record: The step's record, if it has one.
         """
+        loss = self.run.config.loss.name
+        size = float(z[0].detach().float().std(0).mean())
+        if self.size < 0:
+            self.size = size
         if record is None:
             found = collapse(z[0].detach())
         else:
             found = {"std": record["std_z"], "rank": record["rank_z"]}
         few = z.shape[1] >= ENOUGH_IMAGES and found["rank"] < DIRECTIONS
-        self.seen = self.seen + 1 if found["std"] < SPREAD or few else 0
+        shrunk = loss in UNIT_LOSSES and size < min(SMALL, self.size / 2)
+        self.seen = self.seen + 1 if found["std"] < SPREAD or few or shrunk else 0
         if self.seen != 2 or not self.run.ranks.is_main:
             return
         first = patches[0]
         if bool((first == first[:1]).all()):
             why = "the images of a batch all look the same (black ones, say): look at --data"
         else:
-            loss = self.run.config.loss.name
             why = (
                 f"{HELP_OF_LOSS[loss]}, a lower --optim.lr, a larger --batch_size or batch norm in "
                 "the head usually help"
             )
         say(
-            f"warning  step {self.run.step}: the projections have collapsed (std {found['std']:.2g}"
-            f", rank {found['rank']:.2g}), different images give nearly the same: {why}"
+            f"warning  step {self.run.step}: the projections have collapsed, different images give "
+            f"nearly the same (std {found['std']:.2g} of directions, {size:.2g} of numbers, rank "
+            f"{found['rank']:.2g}): {why}"
         )
 
 

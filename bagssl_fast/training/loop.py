@@ -68,10 +68,6 @@ def steps(run: Run, guard: Guard, reporter: Reporter, stop: StopSignals) -> None
         except (ValueError, OSError):
             save_if_good(run, guard)
             raise
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(
-                config.optim, run.step, run.total_steps, run.steps_per_epoch, config.batch_size
-            )
         guard.keep()
         computed = compute(patches)
         norm = gradient_norm(run)
@@ -86,7 +82,7 @@ def steps(run: Run, guard: Guard, reporter: Reporter, stop: StopSignals) -> None
         if run.step % config.log_every == 0 or last:
             record = meter.record(computed.h, computed.z) | guard.record()
             reporter.report(run.step, record)
-        if run.step % watch.every == 0:
+        if watch.is_due():
             watch.look(patches, computed.z, record)
         reporter.advance()
         due = last or (save_every > 0 and run.step % save_every == 0)
@@ -103,6 +99,11 @@ def steps(run: Run, guard: Guard, reporter: Reporter, stop: StopSignals) -> None
 
 def update(run: Run) -> None:
     """Changes the weights by the gradients."""
+    config = run.config
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(
+            config.optim, run.step, run.total_steps, run.steps_per_epoch, config.batch_size
+        )
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.average is not None:

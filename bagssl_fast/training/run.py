@@ -283,6 +283,11 @@ def log_summary(run: Run, found: checkpoint.Found | None) -> None:
     epochs = f"{run.total_steps / run.steps_per_epoch:.4g} epochs of {run.steps_per_epoch}"
     by = f" by --max_steps, not {config.epochs} by --epochs" if config.max_steps else ""
     say(f"steps    {run.step} of {run.total_steps} done: {epochs}{by}")
+    if config.batch_size < 16:
+        say(
+            f"note     --batch_size {config.batch_size}: the losses compare the images of a batch, "
+            "and batch norm takes its statistics from it; 100 and more is usual"
+        )
     say(ops.table())
 
 
