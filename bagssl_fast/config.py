@@ -196,8 +196,8 @@ class Config:
             training never looks at them, evaluation does.
         name: First part of the run directory's name; by default the recipe's.
         run_dir: Run directory; by default runs/<name>-<time>.
-        resume: auto resumes from the newest checkpoint of `run_dir` if there is one, never starts
-            a new run, a path names a checkpoint or a run directory.
+        resume: auto resumes from the newest checkpoint of `run_dir` if there is one (more `epochs`
+            extend the run), never starts a new run, a path names a checkpoint or a run directory.
         overwrite: Delete what a non-empty `run_dir` holds.
         epochs: Passes over the training images, unless `max_steps` is given.
         batch_size: Images per step, over all ranks together.
@@ -216,14 +216,11 @@ class Config:
         sync_bn: Share batch-norm statistics between ranks.
         ema: Decay of a moving average of the weights, which is then what is exported and
             evaluated; 0 for none.
-        on_nonfinite: What a step does whose loss or gradient is not finite: stop ends the run, with
-            the state before it saved where weights were not changed yet; skip leaves the step out,
-            counts it and stops after ten in a row (on CUDA it keeps a second copy of weights and
-            optimizer state).
+        on_nonfinite: What a loss or gradient does that is not finite: stop ends the run; skip
+            leaves out the step, counts it, stops after ten in a row (on CUDA by a copy of the state).
         log_every: Steps between two lines of metrics.jsonl.
         checkpoint_every: Epochs between two checkpoints, a fraction allowed; 0 only at the end.
-        keep_checkpoints: Checkpoints to keep, the newest ones; at least 2, the second for when the
-            first is damaged.
+        keep_checkpoints: Checkpoints to keep, the newest ones, at least 2: one may be damaged.
         tensorboard: Write TensorBoard events too (needs the extra `tensorboard`).
         bag: How an image becomes a bag.
         augment: The augmentation of a patch, or of a view where `bag.dense` is set.

@@ -186,6 +186,18 @@ class TestOnADevice:
         assert len(seen) == 36 and not any(seen)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", [DENSE, PATCHES], ids=["adamw", "lars"])
+def test_a_step_is_left_out_on_a_gpu(start, spoil, recipe):
+    flags = ["--optim.schedule", "constant", "--device", "cuda", "--max_steps"]
+    spoil([7], "covariance" if recipe is DENSE else "coding_rate")
+    _, before = start(recipe, "before", *flags, "6")
+    _, after = start(recipe, "after", *SKIP, *flags, "7")
+    weights = final(after)["model"]
+    for name, value in final(before)["model"].items():
+        torch.testing.assert_close(weights[name], value, msg=name)
+
+
 class TestHalfPrecision:
     def test_overflows_lower_the_scale_and_the_run_goes_on(self, start, monkeypatch):
         compute = loop.step

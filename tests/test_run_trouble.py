@@ -25,6 +25,7 @@ from runs import (
 )
 
 from bagssl_fast.data import open_source
+from bagssl_fast.distributed.ranks import StopSignals
 from bagssl_fast.models import saved
 from bagssl_fast.training import checkpoint
 from bagssl_fast.training.directory import claim_run_dir
@@ -180,6 +181,21 @@ class TestSignals:
     def test_in_the_last_step_the_run_is_finished(self, start, monkeypatch):
         interrupt_after(monkeypatch, 12)
         assert start(DENSE, "run")[0] == 0
+
+    @pytest.mark.parametrize("stalls", [True, False])
+    def test_one_of_several_leaves_a_wait_only_if_it_lasts(self, monkeypatch, stalls):
+        """The others wait for it in a step that it must finish if it can."""
+        monkeypatch.setattr(StopSignals, "PATIENCE", 0.2)
+        with StopSignals(alone=False) as stop:
+            try:
+                with stop.waiting(lambda number: InterruptedError(number)):
+                    signal.raise_signal(signal.SIGTERM)
+                    time.sleep(2 if stalls else 0)
+                left = False
+            except InterruptedError as error:
+                left = error.args == (signal.SIGTERM,)
+            time.sleep(0 if stalls else 0.4)
+        assert left == stalls and stop.received == signal.SIGTERM
 
     def test_heard_while_the_data_stalls(self, tmp_path):
         """And the process ends although the thread that reads never returns."""
