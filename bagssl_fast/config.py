@@ -217,7 +217,7 @@ class Config:
         ema: Decay of a moving average of the weights, which is then what is exported and
             evaluated; 0 for none.
         on_nonfinite: What a loss or gradient does that is not finite: stop ends the run; skip
-            leaves out the step, counts it, stops after ten in a row (on CUDA by a copy of the state).
+            leaves out the step, and stops after ten in a row (on CUDA with a copy of the state).
         log_every: Steps between two lines of metrics.jsonl.
         checkpoint_every: Epochs between two checkpoints, a fraction allowed; 0 only at the end.
         keep_checkpoints: Checkpoints to keep, the newest ones, at least 2: one may be damaged.
