@@ -41,7 +41,8 @@ from bagssl_fast.evaluation import measure
 from bagssl_fast.training import checkpoint
 from bagssl_fast.training.meter import Meter
 
-MOMENTS = ("step", "write", "rename", "evaluation", "any time")
+# How likely each is: a run that reaches its evaluation has no step and checkpoint left to kill.
+MOMENTS = {"step": 3, "write": 5, "rename": 4, "evaluation": 1, "any time": 3}
 # What a run would import in its own time, which is most of it: its process is a fork of this one.
 LATER = ("bagssl_fast.training.loop", "torch._dynamo", "matplotlib.pyplot")
 STEPS = 24
@@ -97,8 +98,9 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     while sum(fell.values()) < kills or runs == 0:
         run_dir = folder / f"run{runs}"
         while True:
-            # Every moment is as likely as any other, and some come after the run's end.
-            moment = rng.choice(MOMENTS) if sum(fell.values()) < kills else "none"
+            moment = "none"  # or one that comes after the run's end, sometimes
+            if sum(fell.values()) < kills:
+                (moment,) = rng.choices(list(MOMENTS), list(MOMENTS.values()))
             plan = Plan(moment, random.Random(rng.random()), folder / "where")
             code = in_process(folder, run_dir, plan.prepare)
             if code == 0:
