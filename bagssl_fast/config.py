@@ -196,8 +196,8 @@ class Config:
             training never looks at them, evaluation does.
         name: First part of the run directory's name; by default the recipe's.
         run_dir: Run directory; by default runs/<name>-<time>.
-        resume: auto resumes from the newest checkpoint of `run_dir` if there is one, never starts
-            a new run, a path names a checkpoint or a run directory.
+        resume: auto resumes from the newest checkpoint of `run_dir` if there is one (more `epochs`
+            extend the run), never starts a new run, a path names a checkpoint or a run directory.
         overwrite: Delete what a non-empty `run_dir` holds.
         epochs: Passes over the training images, unless `max_steps` is given.
         batch_size: Images per step, over all ranks together.
@@ -218,9 +218,11 @@ class Config:
         sync_bn: Share batch-norm statistics between ranks.
         ema: Decay of a moving average of the weights, which is then what is exported and
             evaluated; 0 for none.
+        on_nonfinite: What a loss or gradient does that is not finite: stop ends the run; skip
+            leaves out the step, and stops after ten in a row (on CUDA with a copy of the state).
         log_every: Steps between two lines of metrics.jsonl.
         checkpoint_every: Epochs between two checkpoints, a fraction allowed; 0 only at the end.
-        keep_checkpoints: Checkpoints to keep, the newest ones.
+        keep_checkpoints: Checkpoints to keep, the newest ones, at least 2: one may be damaged.
         tensorboard: Write TensorBoard events too (needs the extra `tensorboard`).
         bag: How an image becomes a bag.
         augment: The augmentation of a patch, or of a view where `bag.dense` is set.
@@ -255,6 +257,7 @@ class Config:
     impl: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     sync_bn: bool = False
     ema: float = 0.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = 20
     checkpoint_every: float = 1.0
     keep_checkpoints: int = 2
@@ -307,7 +310,7 @@ def check(config: Config) -> None:
     _at_least("max_steps", c.max_steps, 0)
     _at_least("max_images", c.max_images, 0)
     _at_least("log_every", c.log_every, 1)
-    _at_least("keep_checkpoints", c.keep_checkpoints, 1)
+    _at_least("keep_checkpoints", c.keep_checkpoints, 2)
     _at_least("loader.batches_ahead", c.loader.batches_ahead, 1)
     if c.batch_size < 2:
         raise ValueError(
