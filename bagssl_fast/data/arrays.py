@@ -198,7 +198,9 @@ def _open_cifar(
     for name in files:
         data, numbers = _read_pickle(folder / name, "data", label_key)
         if not isinstance(data, _PickledArray) or data.pixels.shape != (len(numbers), 3072):
-            raise ValueError(f"{folder / name}: not a CIFAR batch (no images of 32 x 32, or labels)")
+            raise ValueError(
+                f"{folder / name}: not a CIFAR batch (no images of 32 x 32, or labels)"
+            )
         pixels.append(data.pixels)
         labels += numbers
     images = np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
