@@ -33,13 +33,17 @@ for sanitizer in thread address,undefined; do
 done
 
 # All test files that reach the C++; tests/test_sanitize.py knows which those are.
-loader_tests=(tests/test_loader.py tests/test_loader_contract.py tests/test_function_source.py)
+loader_tests=(
+  tests/test_loader.py tests/test_loader_contract.py tests/test_loader_threads.py
+  tests/test_function_source.py
+)
 op_tests=(
   tests/test_bag_pool.py tests/test_conv3x3.py tests/test_conv_bn_relu.py tests/test_patch_embed.py
   tests/test_patch_views.py tests/test_relu_mean.py
 )
 other_tests=(
-  tests/test_bad_files.py tests/test_damaged_sets.py tests/test_decoding.py
+  tests/test_bad_files.py tests/test_changing_files.py tests/test_damaged_sets.py
+  tests/test_decoding.py
   tests/test_device_views.py tests/test_fused.py tests/test_integrations_data.py
   tests/test_limits.py tests/test_pack.py tests/test_simd.py tests/test_sources.py
   tests/test_view_params.py
