@@ -134,9 +134,9 @@ py::dict index_tar_file(const py::bytes& path) {
     const std::string name = path;
     py::gil_scoped_release release;
     const File file(name);
-    index = index_tar(
-        [&](int64_t offset, size_t size, uint8_t* out) { file.read(offset, size, out); },
-        file.size());
+    index =
+        index_tar([&](int64_t offset, size_t size, uint8_t* out) { file.read(offset, size, out); },
+                  file.size());
   }
   py::dict result;
   result["names"] = py::bytes(index.names);

@@ -285,8 +285,8 @@ Region JpegDecoder::decode_stored(const Box& box) {
   uint8_t* const pixels = pixels_.take(static_cast<size_t>((bottom - top) * stride));
   uint8_t* const inks =
       has_inks ? inks_.take(static_cast<size_t>(kRowsPerCall * width * 4)) : nullptr;
-  bool good = s.skip_to(static_cast<JDIMENSION>(top)) &&
-              s.read_rows(pixels, stride, bottom - top, inks);
+  bool good =
+      s.skip_to(static_cast<JDIMENSION>(top)) && s.read_rows(pixels, stride, bottom - top, inks);
   // What follows the last row is not decoded, unless the file may end before the image does.
   if (good && !has_end_marker_ && bottom < height) {
     good = s.skip_to(static_cast<JDIMENSION>(height - 1)) &&

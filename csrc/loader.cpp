@@ -45,8 +45,8 @@ Loader::Loader(std::shared_ptr<const Source> source, LoaderOptions options,
   }
   patch_bytes_ = int64_t{first.out_h} * first.out_w * 3 * dtype_size(first.dtype);
   constexpr int64_t kViewBytes = sizeof(ViewParams), kImageBytes = 16;  // offset, height, width
-  const int64_t row_bytes = options_.cut ? options_.patches * patch_bytes_
-                                         : options_.patches * kViewBytes + kImageBytes;
+  const int64_t row_bytes =
+      options_.cut ? options_.patches * patch_bytes_ : options_.patches * kViewBytes + kImageBytes;
   slot_rows_ = slots_[0].capacity / row_bytes;
   for (const Memory& slot : slots_) slot_rows_ = std::min(slot_rows_, slot.capacity / row_bytes);
 }
@@ -122,10 +122,9 @@ void Loader::run_threads(const std::shared_ptr<Run>& run) {
       }
       while (!end_run(run, 1000)) {
       }
-      throw std::system_error(error.code(), "cannot start thread " + std::to_string(i + 1) +
-                                                " of a loader's " +
-                                                std::to_string(options_.threads) +
-                                                " (use fewer, by num_threads)");
+      throw std::system_error(
+          error.code(), "cannot start thread " + std::to_string(i + 1) + " of a loader's " +
+                            std::to_string(options_.threads) + " (use fewer, by num_threads)");
     }
   }
 }

@@ -209,7 +209,7 @@ def test_packed_bombs_are_unpacked_as_far_as_they_are_images(tmp_path, sizes):
     bomb = gzip.compress(header + bytes(200 << 20))
     (raw / "train-images-idx3-ubyte.gz").write_bytes(bomb)
     (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">4Bi", 0, 0, 8, 1, 5) + bytes(5))
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz: "):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: "):
         open_source(tmp_path)
 
 

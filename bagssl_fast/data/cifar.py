@@ -67,7 +67,7 @@ def _stand_ins() -> dict[tuple[str, str], Any]:
 
 
 # In Python: the one in C reserves memory for any number that the file gives as an index.
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class _Unpickler(pickle._Unpickler):
     """Refuses every name without a stand-in."""
 
     def __init__(self, content: bytes) -> None:

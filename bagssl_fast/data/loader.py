@@ -13,18 +13,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from bagssl_fast._extension import _C
 from bagssl_fast.augment import Augment
 from bagssl_fast.data.batch import Batch, ImageBatch
-from bagssl_fast.data.checks import check_choice, check_integer, check_type
+from bagssl_fast.data.checks import check_integer, check_type
 from bagssl_fast.data.decoding import ImageError, decode_image
 from bagssl_fast.data.open import open_source
 from bagssl_fast.data.order import batch_ends, epoch_rows, num_batches
 from bagssl_fast.data.ring import Ring, as_bytes
-from bagssl_fast.data.settings import Decoding, Order, Output, Share, Threads
+from bagssl_fast.data.settings import (
+    Decoding,
+    Order,
+    Output,
+    Share,
+    Threads,
+    as_augments,
+    check_sampler,
+    choose_images,
+)
 from bagssl_fast.data.source import Source
 
 LAST_EPOCH = 2**32 - 1  # a view is drawn from 32 bits of it
@@ -167,10 +175,11 @@ class BagLoader:
             ring.took(taken[0])
         with self._control:
             self.data_wait += time.perf_counter() - begin
-            is_current = self._run == run
-            if is_current and taken is None:
+            if self._run != run:
+                pass  # the place of another iteration
+            elif taken is None:
                 self._epoch, self._step = self._epoch + 1, 0
-            elif is_current and taken[3] < 0:
+            elif taken[3] < 0:  # a good batch
                 self._step += 1
         if taken is None:
             return None
@@ -348,56 +357,7 @@ def refuse_workers() -> None:
     worker = get_worker_info()
     if worker is not None and worker.num_workers > 1:
         raise RuntimeError(
-            f"a BagLoader in each of {worker.num_workers} DataLoader workers would give every image "
-            f"{worker.num_workers} times: iterate over it directly (it has threads of its own), or "
-            "use num_workers=0"
+            f"a BagLoader in each of {worker.num_workers} DataLoader workers would give every "
+            f"image {worker.num_workers} times: iterate over it directly, as it has threads of its "
+            "own, or use num_workers=0"
         )
-
-
-def as_augments(augment: Augment | Sequence[Augment] | None) -> tuple[Augment, ...]:
-    """The augmentations of a loader's slots, all of one patch size.
-
-    Raises:
-        ValueError: If there is none, if one makes no sense, or if their sizes differ.
-    """
-    augment = Augment() if augment is None else augment
-    augments = tuple(augment) if isinstance(augment, Sequence) else (augment,)
-    if not augments or not all(isinstance(entry, Augment) for entry in augments):
-        raise ValueError(f"augment must be an Augment or a tuple of at least one, got {augment!r}")
-    for entry in augments:
-        _C.check_augment(entry)
-    sizes = [entry.size for entry in augments]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"augment: all patches of a bag must have one size, got sizes {sizes}")
-    return augments
-
-
-def check_sampler(sampler: str, patches: int) -> None:
-    """Raises a ValueError unless the sampler is known and makes so many patches."""
-    check_integer("patches", patches, 1)
-    check_choice("sampler", sampler, ("random", "grid", "center"))
-    root = round(patches**0.5)
-    if sampler == "grid" and root * root != patches:
-        raise ValueError(
-            f'patches must be a square number with sampler="grid", got {patches}: use '
-            f"{root * root} or {(root + 1) ** 2}"
-        )
-    if sampler == "center" and patches != 1:
-        raise ValueError(f'patches must be 1 with sampler="center", got {patches}')
-
-
-def choose_images(order: Order, source: Source) -> NDArray[np.int64]:
-    """The indices of the images to use.
-
-    Raises:
-        ValueError: If the source does not have all of them.
-    """
-    if order.indices is None:
-        return np.arange(len(source), dtype=np.int64)
-    chosen = np.asarray(order.indices)
-    if chosen.min() < 0 or chosen.max() >= len(source):
-        raise ValueError(
-            f"indices must be from 0 to {len(source) - 1}, as the source has {len(source)} images, "
-            f"got {chosen.min()} to {chosen.max()}"
-        )
-    return chosen.astype(np.int64)

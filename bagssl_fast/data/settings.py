@@ -1,19 +1,21 @@
-"""The settings of a `BagLoader` in groups: small records, each of which checks itself."""
+"""The settings of a `BagLoader`, checked: groups of them, its augmentations, sampler, images."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from bagssl_fast._extension import _C
+from bagssl_fast.augment import Augment
 from bagssl_fast.data.batch import DTYPES
 from bagssl_fast.data.checks import check_bool, check_choice, check_integer
 from bagssl_fast.data.decoding import MAX_BYTES, MAX_PIXELS, MAX_SCANS
-from bagssl_fast.data.source import ON_ERROR
+from bagssl_fast.data.source import ON_ERROR, Source
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
@@ -144,3 +146,52 @@ class Threads:
             return int(self.num_threads)
         cpus = _C.available_cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         return max(1, cpus if torch.cuda.is_available() else cpus - 1)
+
+
+def as_augments(augment: Augment | Sequence[Augment] | None) -> tuple[Augment, ...]:
+    """The augmentations of a loader's slots, all of one patch size.
+
+    Raises:
+        ValueError: If there is none, if one makes no sense, or if their sizes differ.
+    """
+    augment = Augment() if augment is None else augment
+    augments = tuple(augment) if isinstance(augment, Sequence) else (augment,)
+    if not augments or not all(isinstance(entry, Augment) for entry in augments):
+        raise ValueError(f"augment must be an Augment or a tuple of at least one, got {augment!r}")
+    for entry in augments:
+        _C.check_augment(entry)
+    sizes = [entry.size for entry in augments]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"augment: all patches of a bag must have one size, got sizes {sizes}")
+    return augments
+
+
+def check_sampler(sampler: str, patches: int) -> None:
+    """Raises a ValueError unless the sampler is known and makes so many patches."""
+    check_integer("patches", patches, 1)
+    check_choice("sampler", sampler, ("random", "grid", "center"))
+    root = round(patches**0.5)
+    if sampler == "grid" and root * root != patches:
+        raise ValueError(
+            f'patches must be a square number with sampler="grid", got {patches}: use '
+            f"{root * root} or {(root + 1) ** 2}"
+        )
+    if sampler == "center" and patches != 1:
+        raise ValueError(f'patches must be 1 with sampler="center", got {patches}')
+
+
+def choose_images(order: Order, source: Source) -> NDArray[np.int64]:
+    """The indices of the images to use.
+
+    Raises:
+        ValueError: If the source does not have all of them.
+    """
+    if order.indices is None:
+        return np.arange(len(source), dtype=np.int64)
+    chosen = np.asarray(order.indices)
+    if chosen.min() < 0 or chosen.max() >= len(source):
+        raise ValueError(
+            f"indices must be from 0 to {len(source) - 1}, as the source has {len(source)} images, "
+            f"got {chosen.min()} to {chosen.max()}"
+        )
+    return chosen.astype(np.int64)
