@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bagssl_fast import ops
-from bagssl_fast.models.fused import conv_bn_relu
+from bagssl_fast.models.blocks import conv_bn_relu
 from bagssl_fast.models.patchnet import PatchNet
 from harness.common import OURS
 from harness.ops import COMPILED, Call, OpCase, main

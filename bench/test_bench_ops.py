@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 import bench_bag_pool
-import bench_conv3x3
 import bench_conv_bn_relu
 import bench_dense
 import bench_linear_bn_relu
@@ -24,7 +23,6 @@ BENCHES = (
     bench_patch_embed,
     bench_patch_views,
     bench_linear_bn_relu,
-    bench_conv3x3,
     bench_conv_bn_relu,
     bench_relu_mean,
     bench_dense,

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "conv_bn_relu_pack.h"
+#include "winograd.h"
 
 namespace bagssl {
 namespace {
@@ -17,7 +18,7 @@ struct Backward {
   const DeferredMaps& x;
   const ConvGradient& gradient;
   Reader reader;
-  std::vector<float> slope, offset;  // dy = g + slope * y + offset; empty: dy = g
+  const GradientMap dy;
   const float* panels;               // of the transposed weights; null: no dx
   float* dx;
   bool of_weight;
@@ -106,7 +107,7 @@ class BackwardPass {
     ahead_ = Ahead();
     if (first >= last) return;
     ahead_.add(all_.gradient.dy + first * outputs, (last - first) * outputs);
-    if (!all_.slope.empty())
+    if (all_.dy.slope())
       ahead_.add(all_.gradient.y + first * outputs, (last - first) * outputs);
     ahead_.add(all_.x.y + first * inputs, (last - first) * inputs);
     if (all_.dx) ahead_.add(all_.dx + first * inputs, (last - first) * inputs);
@@ -117,10 +118,10 @@ class BackwardPass {
   void run_rows(int64_t first, int64_t rows, int64_t first_image) {
     const ConvGeometry& s = all_.s;
     const int64_t at = first * s.out_channels;
-    const bool plain = all_.slope.empty();
+    const bool plain = !all_.dy.slope();
     all_.loops.pack_gradient({all_.gradient.dy + at, plain ? nullptr : all_.gradient.y + at,
-                              s.rows() * s.out_channels - at, plain ? nullptr : all_.slope.data(),
-                              all_.offset.data(), rows, s.out_channels},
+                              s.rows() * s.out_channels - at, all_.dy.slope(),
+                              all_.dy.offset(), rows, s.out_channels},
                              dy_);
     if (all_.of_weight) {
       const float* x_end = all_.x.y + s.n * s.height * s.width * s.channels;
@@ -200,20 +201,16 @@ void join_weights(const Backward& all, const float* groups_dweight, int64_t grou
 void conv_backward(const ConvGradient& gradient, const DeferredMaps& x, const float* weight,
                    const KernelStrides& strides, const ConvGeometry& given,
                    const ConvResults& results, ThreadPool& pool) {
-  const PaddedReader reader(x, given.channels);
-  Backward all{conv_loops(), as_pixels(given),          x, gradient, reader.get(), {}, {}, nullptr,
-               results.dx,   results.dweight != nullptr};
-  const ConvGeometry& s = all.s;
-  if (gradient.dmean) {
-    all.slope.resize(s.out_channels + kMostLanes);
-    all.offset.resize(s.out_channels + kMostLanes);
-    const double count = static_cast<double>(s.rows());
-    for (int64_t c = 0; c < s.out_channels; ++c) {
-      const double slope = 2.0 * gradient.dvar[c] / count;
-      all.slope[c] = static_cast<float>(slope);
-      all.offset[c] = static_cast<float>(gradient.dmean[c] / count - slope * gradient.mean[c]);
-    }
+  if (winograd_serves(given)) {
+    if (results.dx) winograd_data(gradient, x, weight, strides, given, results, pool);
+    if (results.dweight) winograd_weight(gradient, x, given, results, pool);
+    return;
   }
+  const PaddedReader reader(x, given.channels);
+  Backward all{conv_loops(), as_pixels(given), x,          gradient,
+               reader.get(), {gradient, given}, nullptr,   results.dx,
+               results.dweight != nullptr};
+  const ConvGeometry& s = all.s;
   if (results.dx) {
     float* panels =
         weight_memory().take(round_up(s.taps() * all.padded(), all.loops.panel) * s.out_channels);
@@ -235,16 +232,7 @@ void conv_backward(const ConvGradient& gradient, const DeferredMaps& x, const fl
     }
   });
   if (results.dweight) join_weights(all, dweights, groups, results, pool);
-  if (!results.dx || !x.scale) return;
-  for (int64_t c = 0; c < s.channels; ++c) {
-    double dscale = 0, dshift = 0;
-    for (int64_t group = 0; group < groups; ++group) {
-      dscale += sums[group * 2 * s.channels + c];
-      dshift += sums[(group * 2 + 1) * s.channels + c];
-    }
-    results.dscale[c] = static_cast<float>(dscale);
-    results.dshift[c] = static_cast<float>(dshift);
-  }
+  if (results.dx && x.scale) join_sums(sums.data(), groups, s.channels, s.channels, results);
 }
 
 }  // namespace bagssl

@@ -1,0 +1,111 @@
+#include <algorithm>
+
+#include "winograd.h"
+#include "winograd_ops.h"
+
+namespace bagssl {
+namespace {
+
+constexpr int64_t kTilesAtATime = 48;        // of a chunk: each reads and writes all sums
+constexpr int64_t kRange = 128;              // channels, in and out, whose sums an item owns
+constexpr int64_t kMostSums = 16;            // copies of the sums, each of
+constexpr int64_t kGroupTiles = 96;          // at least so many tiles; all have at most
+constexpr int64_t kSumFloats = 16 << 20;     // so many numbers
+
+thread_local Workspace sum_memory;
+
+/// dweight is cut into ranges of channels, and the sum over tiles into groups.
+struct WeightSums {
+  const WinogradLoops& loops;
+  const ConvGeometry& s;
+
+  int64_t down() const { return ceil_div(s.out_height, kTile); }
+  int64_t across() const { return ceil_div(s.out_width, kTile); }
+  int64_t tiles() const { return s.n * down() * across(); }
+  int64_t in_ranges() const { return ceil_div(s.channels, kRange); }
+  int64_t out_ranges() const { return ceil_div(s.out_channels, kRange); }
+  int64_t ranges() const { return in_ranges() * out_ranges(); }
+  /// Rows of a panel of sums, each block's padded to whole tiles.
+  int64_t row(int64_t c) const {
+    return c / kPointBlock * round_up(kPointBlock, loops.tile_columns) + c % kPointBlock;
+  }
+  int64_t rows() const {
+    return round_up(row(std::min(s.channels, kRange) - 1) + 1, loops.tile_columns);
+  }
+  /// Floats of one point of a range.
+  int64_t step() const {
+    return rows() * round_up(std::min(s.out_channels, kRange), loops.panel) + kLine;
+  }
+  int64_t group_floats() const { return ranges() * kPoints * step(); }
+  int64_t chunks() const { return ceil_div(tiles(), kTilesAtATime); }
+  int64_t groups() const {
+    int64_t groups = 1;  // a power of two, as numbers of threads are
+    while (groups < kMostSums && 2 * groups * kGroupTiles <= tiles() &&
+           2 * groups * group_floats() <= kSumFloats) {
+      groups *= 2;
+    }
+    return std::min(groups, chunks());
+  }
+};
+
+void write_taps(const WeightSums& all, const float* sums, int64_t groups,
+                const ConvResults& results, ThreadPool& pool) {
+  const WinogradLoops& loops = all.loops;
+  const KernelStrides& strides = results.dweight_strides;
+  const int64_t panel = loops.panel, panels = ceil_div(all.s.out_channels, panel);
+  pool.parallel_for(panels * all.in_ranges(), [&](int, int64_t item) {
+    const int64_t k = item % panels * panel, first = item / panels * kRange;
+    const int64_t range = item / panels * all.out_ranges() + k / kRange;
+    const int64_t count = std::min(kRange, all.s.channels - first);
+    const int64_t lanes = std::min(panel, all.s.out_channels - k);
+    const float* from = sums + range * kPoints * all.step() + k % kRange * all.rows();
+    for (int64_t c = 0; c < count; ++c) {
+      alignas(64) float taps[9 * 2 * kMostLanes];
+      loops.to_taps(from + all.row(c) * panel, all.step(), groups, all.group_floats(), taps);
+      float* to = results.dweight + k * strides.out + (first + c) * strides.in;
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        float* out = to + tap / 3 * strides.row + tap % 3 * strides.column;
+        for (int64_t l = 0; l < lanes; ++l) out[l * strides.out] = taps[tap * panel + l];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void winograd_weight(const ConvGradient& gradient, const DeferredMaps& x, const ConvGeometry& s,
+                     const ConvResults& results, ThreadPool& pool) {
+  const WeightSums all{winograd_loops(), s};
+  const PaddedReader reader(x, s.channels);
+  const GradientMap dy(gradient, s);
+  const WinogradMaps x_maps{x.y, s.height, s.width, s.channels, reader.get(), nullptr, nullptr, nullptr};
+  const WinogradMaps dy_maps{gradient.dy, s.out_height, s.out_width, s.out_channels,
+                             {nullptr, nullptr, nullptr}, gradient.y, dy.slope(), dy.offset()};
+  const int64_t groups = all.groups(), ranges = all.ranges();
+  float* sums = sum_memory.take(groups * all.group_floats());
+  const int64_t floats = points_floats(kTilesAtATime, kRange);
+  pool.parallel_for(groups * ranges, [&](int, int64_t item) {
+    Pieces pieces(chunk_memory().take(2 * floats + 2 * kLine));
+    const Points inputs = points_at(pieces.take(floats), kTilesAtATime, kRange);
+    const Points gradients = points_at(pieces.take(floats), kTilesAtATime, kRange);
+    float* own = sums + item * kPoints * all.step();
+    std::fill_n(own, kPoints * all.step(), 0.0f);
+    const int64_t group = item / ranges, range = item % ranges;
+    const int64_t c = range / all.out_ranges() * kRange, k = range % all.out_ranges() * kRange;
+    const int64_t columns = std::min(kRange, s.channels - c);
+    const int64_t channels = std::min(kRange, s.out_channels - k);
+    const int64_t end = part_begin(group + 1, groups, all.chunks());
+    for (int64_t chunk = part_begin(group, groups, all.chunks()); chunk < end; ++chunk) {
+      const int64_t first = chunk * kTilesAtATime;
+      const int64_t last = std::min(all.tiles(), first + kTilesAtATime);
+      all.loops.from_windows(x_maps, {all.down(), all.across(), first, last, c, columns, s.padding},
+                             inputs);
+      all.loops.from_tiles(dy_maps, {all.down(), all.across(), first, last, k, channels, 0},
+                           gradients);
+      all.loops.weight(inputs, gradients, last - first, columns, channels, own, all.step(), all.rows());
+    }
+  });
+  write_taps(all, sums, groups, results, pool);
+}
+
+}  // namespace bagssl
