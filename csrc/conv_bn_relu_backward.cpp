@@ -8,7 +8,7 @@ namespace bagssl {
 namespace {
 
 constexpr int64_t kWeightGroups = 16;        // each with its own dweight, of which
-constexpr int64_t kGroupRows = 1024;         // each is the sum of at least so many rows, and
+constexpr int64_t kGroupRows = 512;          // each is the sum of at least so many rows, and
 constexpr int64_t kWeightFloats = 16 << 20;  // all have at most so many numbers
 
 /// What all threads of one backward pass read.
@@ -184,14 +184,23 @@ void join_weights(const Backward& all, const float* groups_dweight, int64_t grou
     const int64_t width = std::min(panel, s.out_channels - first);
     float* out = results.dweight + first * strides.out + tap / s.kernel_width * strides.row +
                  tap % s.kernel_width * strides.column;
-    for (int64_t c = 0; c < s.channels; ++c) {
-      const int64_t row = all.weight_row(tap * s.channels + c);
-      const float* from = groups_dweight + first * all.weight_rows() + row * panel;
-      float sums[2 * kMostLanes] = {};
-      for (int64_t group = 0; group < groups; ++group, from += all.weight_floats()) {
-        for (int64_t j = 0; j < panel; ++j) sums[j] += from[j];
+    // Some rows at a time, of one group after the other: each is a page or two.
+    constexpr int64_t kTogether = 32;
+    for (int64_t begin = 0; begin < s.channels; begin += kTogether) {
+      alignas(64) float sums[kTogether][2 * kMostLanes] = {};
+      const int64_t count = std::min(kTogether, s.channels - begin);
+      const float* panel_of_group = groups_dweight + first * all.weight_rows();
+      for (int64_t group = 0; group < groups; ++group, panel_of_group += all.weight_floats()) {
+        for (int64_t c = 0; c < count; ++c) {
+          const int64_t row = all.weight_row(tap * s.channels + begin + c);
+          const float* from = panel_of_group + row * panel;
+          for (int64_t j = 0; j < panel; ++j) sums[c][j] += from[j];
+        }
       }
-      for (int64_t j = 0; j < width; ++j) out[j * strides.out + c * strides.in] = sums[j];
+      for (int64_t j = 0; j < width; ++j) {
+        float* to = out + j * strides.out + begin * strides.in;
+        for (int64_t c = 0; c < count; ++c) to[c * strides.in] = sums[c][j];
+      }
     }
   });
 }

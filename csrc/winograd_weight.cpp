@@ -12,6 +12,8 @@ constexpr int64_t kMostSums = 16;            // copies of the sums, each of
 constexpr int64_t kGroupTiles = 96;          // at least so many tiles; all have at most
 constexpr int64_t kSumFloats = 16 << 20;     // so many numbers
 
+constexpr int64_t kTogether = 16;            // channels whose taps are written together
+
 thread_local Workspace sum_memory;
 
 /// dweight is cut into ranges of channels, and the sum over tiles into groups.
@@ -59,13 +61,23 @@ void write_taps(const WeightSums& all, const float* sums, int64_t groups,
     const int64_t count = std::min(kRange, all.s.channels - first);
     const int64_t lanes = std::min(panel, all.s.out_channels - k);
     const float* from = sums + range * kPoints * all.step() + k % kRange * all.rows();
-    for (int64_t c = 0; c < count; ++c) {
-      alignas(64) float taps[9 * 2 * kMostLanes];
-      loops.to_taps(from + all.row(c) * panel, all.step(), groups, all.group_floats(), taps);
-      float* to = results.dweight + k * strides.out + (first + c) * strides.in;
+    for (int64_t begin = 0; begin < count; begin += kTogether) {
+      alignas(64) float taps[kTogether][9][2 * kMostLanes];
+      const int64_t some = std::min(kTogether, count - begin);
+      for (int64_t c = 0; c < some; ++c) {
+        alignas(64) float of_channel[9 * 2 * kMostLanes];
+        const float* points = from + all.row(begin + c) * panel;
+        loops.to_taps(points, all.step(), groups, all.group_floats(), of_channel);
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          std::copy_n(of_channel + tap * panel, panel, taps[c][tap]);
+        }
+      }
       for (int64_t tap = 0; tap < 9; ++tap) {
-        float* out = to + tap / 3 * strides.row + tap % 3 * strides.column;
-        for (int64_t l = 0; l < lanes; ++l) out[l * strides.out] = taps[tap * panel + l];
+        float* to = results.dweight + k * strides.out + (first + begin) * strides.in +
+                    tap / 3 * strides.row + tap % 3 * strides.column;
+        for (int64_t l = 0; l < lanes; ++l) {
+          for (int64_t c = 0; c < some; ++c) to[l * strides.out + c * strides.in] = taps[c][tap][l];
+        }
       }
     }
   });
