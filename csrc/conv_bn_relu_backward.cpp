@@ -142,7 +142,7 @@ class BackwardPass {
       scatter_rows_[r] = (image - first_image) * all_.map_floats() +
                          (y * all_.map_width() + x) * s.stride * all_.padded();
     }
-    all_.loops.data_scattered(chunk, {map_, scatter_rows_.data(), scatter_columns_.data()});
+    all_.loops.data_scattered(chunk, {map_, scatter_rows_.data(), scatter_columns_.data(), all_.padded()});
   }
 
   /// The pixels of x from float `at` on, whose gradients are those in `g`.

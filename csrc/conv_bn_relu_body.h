@@ -212,7 +212,12 @@ void data_pointwise(const DataChunk& c, const MaskChunk& all) {
 }
 
 void data_scattered(const DataChunk& c, const Scatter& to) {
-  for (int64_t first = 0; first < c.columns; first += kPanel) {
+  // All taps of some channels before the next channels: they add to the same places. Where panels
+  // hold channels of two taps, in the order of memory.
+  const int64_t panels = (c.columns + kPanel - 1) / kPanel;
+  const int64_t of_tap = to.tap_columns % kPanel == 0 ? to.tap_columns / kPanel : panels;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t taps = panels / of_tap, first = (panel % taps * of_tap + panel / taps) * kPanel;
     const int64_t vectors = at_most(kPanel, c.columns - first) / kLanes;
     for (int64_t row = 0; row < c.rows; row += kTileRows) {
       alignas(64) float tile[kTileRows * kPanel];
