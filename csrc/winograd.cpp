@@ -13,6 +13,7 @@ namespace bagssl {
 namespace {
 
 constexpr int64_t kTilesAtATime = 48;    // what they become, and their products, fit a cache
+constexpr int64_t kMostTiles = 72;       // as one chunk, where there are no more
 constexpr int64_t kSplitChannels = 128;  // of outputs: where tiles are few, threads share them
 
 /// Taps of input channels [c, c + count) to `lanes` output channels from `k` on, [count][9][panel].
@@ -30,42 +31,50 @@ void gather_taps(const float* weight, const KernelStrides& strides, int64_t k, i
   }
 }
 
-/// Panels [kPoints][in_channels][panel] of the transformed weights.
-void transform_weights(const float* weight, const KernelStrides& strides, int64_t in_channels,
-                       int64_t out_channels, float* out, ThreadPool& pool) {
-  constexpr int64_t kTogether = 16;
-  const WinogradLoops& loops = winograd_loops();
-  const int64_t panel = loops.panel, pieces = ceil_div(in_channels, kTogether);
-  pool.parallel_for(ceil_div(out_channels, panel) * pieces, [&](int, int64_t item) {
-    alignas(64) float taps[kTogether * 9 * 2 * kMostLanes];
-    const int64_t k = item / pieces * panel, c = item % pieces * kTogether;
-    const int64_t count = std::min(kTogether, in_channels - c);
-    gather_taps(weight, strides, k, std::min(panel, out_channels - k), c, count, panel, taps);
-    float* to = out + k * kPoints * in_channels + c * panel;
-    for (int64_t i = 0; i < count; ++i) {
-      loops.from_taps(taps + i * 9 * panel, in_channels * panel, to + i * panel);
+/// The weights of a convolution, before they are transformed.
+struct Weights {
+  const float* taps;
+  KernelStrides strides;
+  int64_t in_channels, out_channels;
+
+  int64_t panel_floats() const { return kPoints * in_channels * winograd_loops().panel; }
+
+  /// The panel [kPoints][in_channels][panel] of output channels from `k` on.
+  void transform(int64_t k, float* out) const {
+    constexpr int64_t kTogether = 16;
+    const WinogradLoops& loops = winograd_loops();
+    const int64_t panel = loops.panel, lanes = std::min(panel, out_channels - k);
+    for (int64_t c = 0; c < in_channels; c += kTogether) {
+      alignas(64) float of_channels[kTogether * 9 * 2 * kMostLanes];
+      const int64_t count = std::min(kTogether, in_channels - c);
+      gather_taps(taps, strides, k, lanes, c, count, panel, of_channels);
+      for (int64_t i = 0; i < count; ++i) {
+        loops.from_taps(of_channels + i * 9 * panel, in_channels * panel, out + (c + i) * panel);
+      }
     }
-  });
-}
+  }
+};
 
 /// A convolution of `maps` to maps of out_height x out_width, cut into chunks of tiles and, where
 /// these are few, ranges of output channels.
 struct Convolution {
   const WinogradMaps& maps;
-  int64_t n, out_height, out_width, out_channels, border;
-  const float* weights;
+  int64_t n, out_height, out_width, border;
+  Weights weights;
   ThreadPool& pool;
 
   int64_t down() const { return ceil_div(out_height, kTile); }
   int64_t across() const { return ceil_div(out_width, kTile); }
   int64_t tiles() const { return n * down() * across(); }
-  int64_t chunks() const { return ceil_div(tiles(), kTilesAtATime); }
+  int64_t chunk() const { return tiles() <= kMostTiles ? tiles() : kTilesAtATime; }
+  int64_t chunks() const { return ceil_div(tiles(), chunk()); }
   int64_t groups() const { return std::min(chunks(), kMostGroups); }
   int64_t ranges() const {
-    return groups() < 16 ? ceil_div(out_channels, kSplitChannels) : 1;
+    return groups() < 16 ? ceil_div(weights.out_channels, kSplitChannels) : 1;
   }
   int64_t range_begin(int64_t range) const {
-    return ranges() == 1 ? range * out_channels : std::min(range * kSplitChannels, out_channels);
+    const int64_t channels = weights.out_channels;
+    return ranges() == 1 ? range * channels : std::min(range * kSplitChannels, channels);
   }
 
   /// write(item, panel of products) for all panels of outputs; item = group * ranges() + range.
@@ -73,28 +82,37 @@ struct Convolution {
   void run(Write write) const {
     const WinogradLoops& loops = winograd_loops();
     const int64_t channels = maps.channels, panel = loops.panel, group_count = groups();
-    const int64_t in_floats = points_floats(kTilesAtATime, channels);
-    const int64_t out_step = odd_lines((kTilesAtATime + kMostTileRows) * panel);
-    const float* weights_end = weights + round_up(out_channels, panel) * kPoints * channels;
+    const int64_t panels = ceil_div(weights.out_channels, panel), floats = weights.panel_floats();
+    const int64_t in_floats = points_floats(chunk(), channels);
+    const int64_t out_step = odd_lines((chunk() + kMostTileRows) * panel);
+    // Read once, a panel of weights is transformed where it is used: wide ones would go to memory.
+    const bool once = chunks() == 1;
+    float* transformed = once ? nullptr : weight_memory().take(panels * floats);
+    pool.parallel_for(once ? 0 : panels, [&](int, int64_t item) {
+      weights.transform(item * panel, transformed + item * floats);
+    });
     pool.parallel_for(group_count * ranges(), [&](int, int64_t item) {
-      Pieces pieces(chunk_memory().take(in_floats + kPoints * out_step + 2 * kLine));
-      const Points points = points_at(pieces.take(in_floats), kTilesAtATime, channels);
-      float* products = pieces.take(kPoints * out_step);
+      const int64_t own_floats = once ? floats : 0;
+      Pieces pieces(chunk_memory().take(in_floats + kPoints * out_step + own_floats + 3 * kLine));
+      const Points points = points_at(pieces.take(in_floats), chunk(), channels);
+      float *products = pieces.take(kPoints * out_step), *own = pieces.take(own_floats);
       const int64_t group = item / ranges(), range = item % ranges();
       const int64_t end = part_begin(group + 1, group_count, chunks());
-      for (int64_t chunk = part_begin(group, group_count, chunks()); chunk < end; ++chunk) {
-        TileRange part{down(), across(), chunk * kTilesAtATime, 0, 0, channels, border};
-        part.last = std::min(tiles(), part.first + kTilesAtATime);
+      for (int64_t at = part_begin(group, group_count, chunks()); at < end; ++at) {
+        TileRange part{down(), across(), at * chunk(), 0, 0, channels, border};
+        part.last = std::min(tiles(), part.first + chunk());
         loops.from_windows(maps, part, points);
         part.border = 0;
         const int64_t rows = part.last - part.first, last = range_begin(range + 1);
         for (int64_t k = range_begin(range); k < last; k += panel) {
-          const float* weight = weights + k * kPoints * channels;
+          if (once) weights.transform(k, own);
+          const float* weight = once ? own : transformed + k / panel * floats;
+          const float* weights_end = once ? own + floats : transformed + panels * floats;
           loops.products({points, rows, channels, weight, weights_end, products, out_step});
           part.first_channel = k;
-          part.channels = std::min(panel, out_channels - k);
-          write(item, TileOutputs{products, out_step, part, out_height, out_width, out_channels,
-                                  nullptr});
+          part.channels = std::min(panel, weights.out_channels - k);
+          write(item, TileOutputs{products, out_step, part, out_height, out_width,
+                                  weights.out_channels, nullptr});
         }
       }
     });
@@ -116,11 +134,10 @@ void winograd_forward(const DeferredMaps& x, const float* weight, const KernelSt
                       const ConvGeometry& s, float* y, float* mean, float* var, ThreadPool& pool) {
   const WinogradLoops& loops = winograd_loops();
   const int64_t channels = s.out_channels, padded = round_up(channels, loops.panel);
-  float* weights = weight_memory().take(kPoints * padded * s.channels);
-  transform_weights(weight, strides, s.channels, channels, weights, pool);
   const PaddedReader reader(x, s.channels);
   const WinogradMaps maps{x.y, s.height, s.width, s.channels, reader.get(), nullptr, nullptr, nullptr};
-  const Convolution all{maps, s.n, s.out_height, s.out_width, channels, s.padding, weights, pool};
+  const Convolution all{maps, s.n, s.out_height, s.out_width, s.padding,
+                        {weight, strides, s.channels, channels}, pool};
   // One item's channels, and the pixels of each.
   std::vector<ChannelMoments> moments(mean ? all.groups() * padded / loops.panel : 0,
                                       ChannelMoments(loops.panel));
@@ -156,16 +173,16 @@ void winograd_data(const ConvGradient& gradient, const DeferredMaps& x, const fl
                    ThreadPool& pool) {
   const WinogradLoops& loops = winograd_loops();
   const int64_t channels = s.channels, padded = round_up(channels, loops.panel);
-  float* weights = weight_memory().take(kPoints * padded * s.out_channels);
   // The taps turned around, and the channels exchanged.
-  transform_weights(weight + 2 * (strides.row + strides.column),
-                    {strides.in, strides.out, -strides.row, -strides.column}, s.out_channels,
-                    channels, weights, pool);
+  const Weights turned{weight + 2 * (strides.row + strides.column),
+                       {strides.in, strides.out, -strides.row, -strides.column},
+                       s.out_channels,
+                       channels};
   const PaddedReader reader(x, channels);
   const GradientMap dy(gradient, s);
   const WinogradMaps maps{gradient.dy, s.out_height, s.out_width, s.out_channels,
                           {nullptr, nullptr, nullptr}, gradient.y, dy.slope(), dy.offset()};
-  const Convolution all{maps, s.n, s.height, s.width, channels, 2 - s.padding, weights, pool};
+  const Convolution all{maps, s.n, s.height, s.width, 2 - s.padding, turned, pool};
   std::vector<double> sums(x.scale ? all.groups() * 2 * padded : 0);
   all.run([&](int64_t item, TileOutputs outputs) {
     alignas(64) float dscale[2 * kMostLanes] = {}, dshift[2 * kMostLanes] = {};

@@ -50,37 +50,33 @@ struct WeightSums {
   }
 };
 
-void write_taps(const WeightSums& all, const float* sums, int64_t groups,
-                const ConvResults& results, ThreadPool& pool) {
+/// dweight of one panel of output channels in a range, from the sums of all groups.
+void write_taps(const WeightSums& all, int64_t range, int64_t panel_in_range, const float* sums,
+                int64_t groups, const ConvResults& results) {
   const WinogradLoops& loops = all.loops;
   const KernelStrides& strides = results.dweight_strides;
-  const int64_t panel = loops.panel, panels = ceil_div(all.s.out_channels, panel);
-  pool.parallel_for(panels * all.in_ranges(), [&](int, int64_t item) {
-    const int64_t k = item % panels * panel, first = item / panels * kRange;
-    const int64_t range = item / panels * all.out_ranges() + k / kRange;
-    const int64_t count = std::min(kRange, all.s.channels - first);
-    const int64_t lanes = std::min(panel, all.s.out_channels - k);
-    const float* from = sums + range * kPoints * all.step() + k % kRange * all.rows();
-    for (int64_t begin = 0; begin < count; begin += kTogether) {
-      alignas(64) float taps[kTogether][9][2 * kMostLanes];
-      const int64_t some = std::min(kTogether, count - begin);
-      for (int64_t c = 0; c < some; ++c) {
-        alignas(64) float of_channel[9 * 2 * kMostLanes];
-        const float* points = from + all.row(begin + c) * panel;
-        loops.to_taps(points, all.step(), groups, all.group_floats(), of_channel);
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          std::copy_n(of_channel + tap * panel, panel, taps[c][tap]);
-        }
-      }
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        float* to = results.dweight + k * strides.out + (first + begin) * strides.in +
-                    tap / 3 * strides.row + tap % 3 * strides.column;
-        for (int64_t l = 0; l < lanes; ++l) {
-          for (int64_t c = 0; c < some; ++c) to[l * strides.out + c * strides.in] = taps[c][tap][l];
+  const int64_t panel = loops.panel, first_k = panel_in_range * panel;
+  const int64_t first = range / all.out_ranges() * kRange;
+  const int64_t k = range % all.out_ranges() * kRange + first_k;
+  const int64_t end = std::min(all.s.channels, first + kRange);
+  const int64_t lanes = std::min(panel, all.s.out_channels - k);
+  for (int64_t begin = first; begin < end; begin += kTogether) {
+    alignas(64) float taps[kTogether][9 * 2 * kMostLanes];
+    const int64_t count = std::min(kTogether, end - begin);
+    for (int64_t c = 0; c < count; ++c) {
+      const float* points = sums + first_k * all.rows() + all.row(begin - first + c) * panel;
+      loops.to_taps(points, all.step(), groups, all.group_floats(), taps[c]);
+    }
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      float* to = results.dweight + k * strides.out + begin * strides.in + tap / 3 * strides.row +
+                  tap % 3 * strides.column;
+      for (int64_t l = 0; l < lanes; ++l) {
+        for (int64_t c = 0; c < count; ++c) {
+          to[l * strides.out + c * strides.in] = taps[c][tap * panel + l];
         }
       }
     }
-  });
+  }
 }
 
 }  // namespace
@@ -94,14 +90,16 @@ void winograd_weight(const ConvGradient& gradient, const DeferredMaps& x, const 
   const WinogradMaps dy_maps{gradient.dy, s.out_height, s.out_width, s.out_channels,
                              {nullptr, nullptr, nullptr}, gradient.y, dy.slope(), dy.offset()};
   const int64_t groups = all.groups(), ranges = all.ranges();
-  float* sums = sum_memory.take(groups * all.group_floats());
+  const int64_t range_floats = kPoints * all.step();
+  float* sums = groups == 1 ? nullptr : sum_memory.take(groups * all.group_floats());
   const int64_t floats = points_floats(kTilesAtATime, kRange);
   pool.parallel_for(groups * ranges, [&](int, int64_t item) {
-    Pieces pieces(chunk_memory().take(2 * floats + 2 * kLine));
+    Pieces pieces(chunk_memory().take(2 * floats + range_floats + 3 * kLine));
     const Points inputs = points_at(pieces.take(floats), kTilesAtATime, kRange);
     const Points gradients = points_at(pieces.take(floats), kTilesAtATime, kRange);
-    float* own = sums + item * kPoints * all.step();
-    std::fill_n(own, kPoints * all.step(), 0.0f);
+    // A group that is the only one need not keep its sums.
+    float* own = sums ? sums + item * range_floats : pieces.take(range_floats);
+    std::fill_n(own, range_floats, 0.0f);
     const int64_t group = item / ranges, range = item % ranges;
     const int64_t c = range / all.out_ranges() * kRange, k = range % all.out_ranges() * kRange;
     const int64_t columns = std::min(kRange, s.channels - c);
@@ -116,8 +114,18 @@ void winograd_weight(const ConvGradient& gradient, const DeferredMaps& x, const 
                            gradients);
       all.loops.weight(inputs, gradients, last - first, columns, channels, own, all.step(), all.rows());
     }
+    for (int64_t panel = 0; !sums && panel * all.loops.panel < channels; ++panel) {
+      write_taps(all, range, panel, own, 1, results);
+    }
   });
-  write_taps(all, sums, groups, results, pool);
+  if (!sums) return;
+  const int64_t panels = ceil_div(std::min(s.out_channels, kRange), all.loops.panel);
+  pool.parallel_for(ranges * panels, [&](int, int64_t item) {
+    const int64_t range = item / panels, panel = item % panels;
+    const int64_t k = range % all.out_ranges() * kRange + panel * all.loops.panel;
+    if (k >= s.out_channels) return;
+    write_taps(all, range, panel, sums + range * range_floats, groups, results);
+  });
 }
 
 }  // namespace bagssl
