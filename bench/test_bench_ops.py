@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import bench_add_relu
 import bench_bag_pool
 import bench_conv_bn_relu
 import bench_dense
@@ -24,6 +25,7 @@ BENCHES = (
     bench_patch_views,
     bench_linear_bn_relu,
     bench_conv_bn_relu,
+    bench_add_relu,
     bench_relu_mean,
     bench_dense,
 )

@@ -19,7 +19,7 @@ struct Backward {
   const ConvGradient& gradient;
   Reader reader;
   const GradientMap dy;
-  const float* panels;               // of the transposed weights; null: no dx
+  const float* panels;  // of the transposed weights; null: no dx
   float* dx;
   bool of_weight;
 
@@ -107,8 +107,7 @@ class BackwardPass {
     ahead_ = Ahead();
     if (first >= last) return;
     ahead_.add(all_.gradient.dy + first * outputs, (last - first) * outputs);
-    if (all_.dy.slope())
-      ahead_.add(all_.gradient.y + first * outputs, (last - first) * outputs);
+    if (all_.dy.slope()) ahead_.add(all_.gradient.y + first * outputs, (last - first) * outputs);
     ahead_.add(all_.x.y + first * inputs, (last - first) * inputs);
     if (all_.dx) ahead_.add(all_.dx + first * inputs, (last - first) * inputs);
   }
@@ -119,10 +118,10 @@ class BackwardPass {
     const ConvGeometry& s = all_.s;
     const int64_t at = first * s.out_channels;
     const bool plain = !all_.dy.slope();
-    all_.loops.pack_gradient({all_.gradient.dy + at, plain ? nullptr : all_.gradient.y + at,
-                              s.rows() * s.out_channels - at, all_.dy.slope(),
-                              all_.dy.offset(), rows, s.out_channels},
-                             dy_);
+    all_.loops.pack_gradient(
+        {all_.gradient.dy + at, plain ? nullptr : all_.gradient.y + at,
+         s.rows() * s.out_channels - at, all_.dy.slope(), all_.dy.offset(), rows, s.out_channels},
+        dy_);
     if (all_.of_weight) {
       const float* x_end = all_.x.y + s.n * s.height * s.width * s.channels;
       all_.loops.pack_pixels({all_.x.y, x_end, first, rows, runs_.data(), int64_t(runs_.size())}, s,
@@ -142,7 +141,8 @@ class BackwardPass {
       scatter_rows_[r] = (image - first_image) * all_.map_floats() +
                          (y * all_.map_width() + x) * s.stride * all_.padded();
     }
-    all_.loops.data_scattered(chunk, {map_, scatter_rows_.data(), scatter_columns_.data(), all_.padded()});
+    all_.loops.data_scattered(chunk,
+                              {map_, scatter_rows_.data(), scatter_columns_.data(), all_.padded()});
   }
 
   /// The pixels of x from float `at` on, whose gradients are those in `g`.
@@ -216,9 +216,9 @@ void conv_backward(const ConvGradient& gradient, const DeferredMaps& x, const fl
     return;
   }
   const PaddedReader reader(x, given.channels);
-  Backward all{conv_loops(), as_pixels(given), x,          gradient,
-               reader.get(), {gradient, given}, nullptr,   results.dx,
-               results.dweight != nullptr};
+  Backward all{conv_loops(), as_pixels(given), x,
+               gradient,     reader.get(),     {gradient, given},
+               nullptr,      results.dx,       results.dweight != nullptr};
   const ConvGeometry& s = all.s;
   if (results.dx) {
     float* panels =

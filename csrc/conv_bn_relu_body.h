@@ -1,4 +1,4 @@
-// The loops of conv_bn_relu_ops.h; see simd_levels.h. 
+// The loops of conv_bn_relu_ops.h; see simd_levels.h.
 
 #include "register_tiles_body.h"
 

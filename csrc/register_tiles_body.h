@@ -49,8 +49,8 @@ BAGSSL_INLINE void fetch(Lines& lines) {
   lines.next += lines.step;
 }
 
-/// out[r][j] = sum over k of a[r][k] b[k][j], kRows rows and one panel; kAdd: added to what is there.
-/// Rows of a are kWidth floats in each block, and kStep apart.
+/// out[r][j] = sum over k of a[r][k] b[k][j], kRows rows and one panel; kAdd: added to what is
+/// there. Rows of a are kWidth floats in each block, and kStep apart.
 template <int kRows, bool kAdd, int64_t kWidth, int64_t kStep>
 BAGSSL_INLINE void product(const float* a, int64_t block, const float* b, int64_t steps, float* out,
                            int64_t out_step, Lines lines) {

@@ -123,6 +123,8 @@ struct Convolution {
 
 const WinogradLoops& winograd_loops() { return *BAGSSL_PICK(kLoops); }
 
+// With fewer channels the transforms cost more than the products save, with fewer tiles those of
+// the weights do; and tiles that stick out far of their map (2x2, 5x5) are mostly zeros.
 bool winograd_serves(const ConvGeometry& s) {
   if (s.kernel_height != 3 || s.kernel_width != 3 || s.stride != 1 || s.padding > 2) return false;
   const int64_t tiles = s.n * ceil_div(s.out_height, kTile) * ceil_div(s.out_width, kTile);
@@ -135,9 +137,11 @@ void winograd_forward(const DeferredMaps& x, const float* weight, const KernelSt
   const WinogradLoops& loops = winograd_loops();
   const int64_t channels = s.out_channels, padded = round_up(channels, loops.panel);
   const PaddedReader reader(x, s.channels);
-  const WinogradMaps maps{x.y, s.height, s.width, s.channels, reader.get(), nullptr, nullptr, nullptr};
-  const Convolution all{maps, s.n, s.out_height, s.out_width, s.padding,
-                        {weight, strides, s.channels, channels}, pool};
+  const WinogradMaps maps{x.y,          s.height, s.width, s.channels,
+                          reader.get(), nullptr,  nullptr, nullptr};
+  const Convolution all{maps,        s.n,       s.out_height,
+                        s.out_width, s.padding, {weight, strides, s.channels, channels},
+                        pool};
   // One item's channels, and the pixels of each.
   std::vector<ChannelMoments> moments(mean ? all.groups() * padded / loops.panel : 0,
                                       ChannelMoments(loops.panel));
@@ -153,8 +157,8 @@ void winograd_forward(const DeferredMaps& x, const float* weight, const KernelSt
                 std::min<int64_t>(kTile, s.out_width - column * kTile);
     }
     const int64_t panel = outputs.tiles.first_channel / loops.panel;
-    moments[item / all.ranges() * (padded / loops.panel) + panel].add(
-        part_mean, squares, static_cast<double>(pixels));
+    moments[item / all.ranges() * (padded / loops.panel) + panel].add(part_mean, squares,
+                                                                      static_cast<double>(pixels));
   });
   for (int64_t c = 0; mean && c < channels; c += loops.panel) {
     const int64_t panel = c / loops.panel;
@@ -180,8 +184,9 @@ void winograd_data(const ConvGradient& gradient, const DeferredMaps& x, const fl
                        channels};
   const PaddedReader reader(x, channels);
   const GradientMap dy(gradient, s);
-  const WinogradMaps maps{gradient.dy, s.out_height, s.out_width, s.out_channels,
-                          {nullptr, nullptr, nullptr}, gradient.y, dy.slope(), dy.offset()};
+  const WinogradMaps maps{
+      gradient.dy, s.out_height, s.out_width, s.out_channels, {nullptr, nullptr, nullptr},
+      gradient.y,  dy.slope(),   dy.offset()};
   const Convolution all{maps, s.n, s.height, s.width, 2 - s.padding, turned, pool};
   std::vector<double> sums(x.scale ? all.groups() * 2 * padded : 0);
   all.run([&](int64_t item, TileOutputs outputs) {

@@ -137,8 +137,7 @@ inline void from_any_maps(const WinogradMaps& maps, const TileRange& tiles, cons
     });
   } else {
     from_maps<kSize, transform>(maps, tiles, out, [&](int64_t) {
-      return [x = maps.x](int64_t at, int64_t left)
-          { return load_some(x + at, left); };
+      return [x = maps.x](int64_t at, int64_t left) { return load_some(x + at, left); };
     });
   }
 }
@@ -313,8 +312,8 @@ void weight(const Points& a, const Points& dy, int64_t tiles, int64_t columns, i
       return {reinterpret_cast<const char*>(from), 4 * kPointRow};
     };
     for (int64_t first = 0; first < channels; first += kPanel) {
-      const float* panel = dy.data + point * dy.step + first / kPointBlock * dy.block +
-                           first % kPointBlock;
+      const float* panel =
+          dy.data + point * dy.step + first / kPointBlock * dy.block + first % kPointBlock;
       float* out = sums + point * sums_step + first * sums_rows;
       for (int64_t block = 0; block < columns; block += kPointBlock) {
         const float* from = a.data + point * a.step + block / kPointBlock * a.block;

@@ -30,7 +30,8 @@ struct TileRange {
   int64_t first, last, first_channel, channels, border;
 };
 
-/// Transformed tiles: number `point` of channel c of tile t is at data[point * step + c / kPointBlock
+/// Transformed tiles: number `point` of channel c of tile t is at data[point * step + c /
+/// kPointBlock
 /// * block + t * kPointRow + c % kPointBlock]. As in Packed, floats behind rows mean nothing.
 struct Points {
   float* data;
@@ -43,7 +44,7 @@ struct PointProducts {
   int64_t rows, steps;
   const float* weight;
   const float* end;  ///< of all weights
-  float* out;        ///< [kPoints][rows][panel], points out_step apart; whole register tiles are written
+  float* out;  ///< [kPoints][rows][panel], points out_step apart; whole register tiles are written
   int64_t out_step;
 };
 

@@ -6,13 +6,13 @@
 namespace bagssl {
 namespace {
 
-constexpr int64_t kTilesAtATime = 48;        // of a chunk: each reads and writes all sums
-constexpr int64_t kRange = 128;              // channels, in and out, whose sums an item owns
-constexpr int64_t kMostSums = 16;            // copies of the sums, each of
-constexpr int64_t kGroupTiles = 96;          // at least so many tiles; all have at most
-constexpr int64_t kSumFloats = 16 << 20;     // so many numbers
+constexpr int64_t kTilesAtATime = 48;     // of a chunk: each reads and writes all sums
+constexpr int64_t kRange = 128;           // channels, in and out, whose sums an item owns
+constexpr int64_t kMostSums = 16;         // copies of the sums, each of
+constexpr int64_t kGroupTiles = 96;       // at least so many tiles; all have at most
+constexpr int64_t kSumFloats = 16 << 20;  // so many numbers
 
-constexpr int64_t kTogether = 16;            // channels whose taps are written together
+constexpr int64_t kTogether = 16;  // channels whose taps are written together
 
 thread_local Workspace sum_memory;
 
@@ -86,9 +86,11 @@ void winograd_weight(const ConvGradient& gradient, const DeferredMaps& x, const 
   const WeightSums all{winograd_loops(), s};
   const PaddedReader reader(x, s.channels);
   const GradientMap dy(gradient, s);
-  const WinogradMaps x_maps{x.y, s.height, s.width, s.channels, reader.get(), nullptr, nullptr, nullptr};
-  const WinogradMaps dy_maps{gradient.dy, s.out_height, s.out_width, s.out_channels,
-                             {nullptr, nullptr, nullptr}, gradient.y, dy.slope(), dy.offset()};
+  const WinogradMaps x_maps{x.y,          s.height, s.width, s.channels,
+                            reader.get(), nullptr,  nullptr, nullptr};
+  const WinogradMaps dy_maps{
+      gradient.dy, s.out_height, s.out_width, s.out_channels, {nullptr, nullptr, nullptr},
+      gradient.y,  dy.slope(),   dy.offset()};
   const int64_t groups = all.groups(), ranges = all.ranges();
   const int64_t range_floats = kPoints * all.step();
   float* sums = groups == 1 ? nullptr : sum_memory.take(groups * all.group_floats());
@@ -112,7 +114,8 @@ void winograd_weight(const ConvGradient& gradient, const DeferredMaps& x, const 
                              inputs);
       all.loops.from_tiles(dy_maps, {all.down(), all.across(), first, last, k, channels, 0},
                            gradients);
-      all.loops.weight(inputs, gradients, last - first, columns, channels, own, all.step(), all.rows());
+      all.loops.weight(inputs, gradients, last - first, columns, channels, own, all.step(),
+                       all.rows());
     }
     for (int64_t panel = 0; !sums && panel * all.loops.panel < channels; ++panel) {
       write_taps(all, range, panel, own, 1, results);

@@ -49,6 +49,6 @@ LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace
   python -m pytest -q -p no:cacheprovider \
   tests/test_loader.py tests/test_bad_files.py tests/test_sources.py tests/test_decoding.py \
   tests/test_pack.py tests/test_patch_views.py tests/test_view_params.py tests/test_device_views.py \
-  tests/test_simd.py tests/test_conv3x3.py tests/test_bag_pool.py tests/test_patch_embed.py \
+  tests/test_simd.py tests/test_winograd.py tests/test_add_relu.py tests/test_bag_pool.py tests/test_patch_embed.py \
   -k "not memory_is_flat and not command_line and not importing_without"
 echo "sanitize: good"

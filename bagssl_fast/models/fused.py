@@ -77,8 +77,8 @@ def obstacle(net: nn.Module) -> str | None:
     if found:
         return None
     return (
-        " has no Sequential with a Conv2d (square stride and padding, no bias, groups or dilation), "
-        f"BatchNorm2d and ReLU in a row, and no ResNet of torchvision or timm{first}"
+        " has no Sequential with a Conv2d (square stride and padding, no bias, groups or "
+        f"dilation), BatchNorm2d and ReLU in a row, and no ResNet of torchvision or timm{first}"
     )
 
 

@@ -15,13 +15,13 @@ class _Fused(nn.Module):
     """What becomes of a module of another library: a subclass of its class and of this one."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self).__mro__[2],), self.__dict__
+        return _again, (type(self).__bases__[1],), self.__dict__
 
 
 def _again(cls: type[nn.Module]) -> nn.Module:
     """An empty module of the class that fusing makes of `cls`, for copy and pickle."""
     fused = _class_of(cls)
-    return cast(nn.Module, fused.__new__(fused))
+    return fused.__new__(fused)
 
 
 def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
@@ -36,6 +36,8 @@ def _name(cls: type) -> str:
 
 class ResidualBlock(_Fused):
     """A BasicBlock or Bottleneck: each convolution is one op, and so is the residual sum."""
+
+    downsample: nn.Sequential | None
 
     def forward(self, x: Tensor | Deferred) -> Tensor:
         """x `[N, C, H, W]`, an activation that is written or not -> `[N, M, H', W']`."""
@@ -54,6 +56,14 @@ class ResidualBlock(_Fused):
 
 class _ResNet(_Fused):
     """A ResNet up to its last map: the stem is one op, and so are its blocks' layers."""
+
+    conv1: nn.Module
+    bn1: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
 
     def maps(self, x: Tensor) -> Tensor:
         """x `[N, 3, H, W]` -> the last map `[N, C, h, w]`."""
@@ -74,6 +84,9 @@ class _ResNet(_Fused):
 class TorchvisionResNet(_ResNet):
     """torchvision's ResNet."""
 
+    avgpool: nn.Module
+    fc: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         """x `[N, 3, H, W]` -> `[N, F]`."""
         return cast(Tensor, self.fc(self.avgpool(self.maps(x)).flatten(1)))
@@ -85,7 +98,7 @@ class TimmResNet(_ResNet):
     def forward_features(self, x: Tensor) -> Tensor:
         """As timm's."""
         if self.grad_checkpointing:
-            return cast(Tensor, super().forward_features(x))
+            return cast(Tensor, cast(Any, super()).forward_features(x))
         return self.maps(x)
 
 
@@ -109,7 +122,7 @@ def become_fused(module: nn.Module) -> None:
     module.__class__ = _class_of(type(module))
 
 
-def misfit(module: nn.Module) -> str | None:
+def misfit(module: Any) -> str | None:
     """The first part of a module of KINDS, by its name in it, that the ops do not compute."""
     if hasattr(module, "layer1"):
         if not is_conv_norm(module.conv1, module.bn1):

@@ -33,10 +33,11 @@ def _forward(
 ) -> Tensor:
     """The sum's activation, as y."""
     out = torch.empty_like(y, memory_format=torch.channels_last)
-    vectors = [vector(v) for v in (center, scale, shift)]
-    more = [vector(v) for v in (identity_center, identity_scale, identity_shift)]
-    threads = torch.get_num_threads()
-    _C.add_relu(pixels(y), *vectors, pixels(identity), *more, relu, pixels(out), threads)
+    _C.add_relu(
+        pixels(y), vector(center), vector(scale), vector(shift), pixels(identity),
+        vector(identity_center), vector(identity_scale), vector(identity_shift), relu,
+        pixels(out), num_threads=torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
@@ -83,8 +84,9 @@ def _backward(
         pixels(dout), pixels(out), pixels(y), vector(center), vector(scale), vector(shift),
         pixels(identity), vector(identity_center), vector(identity_scale), vector(identity_shift),
         relu, pixels(dy), vector(dscale), vector(dshift), pixels(didentity),
-        *(None if identity_scale is None else vector(v) for v in (more_scale, more_shift)),
-        torch.get_num_threads(),
+        None if identity_scale is None else vector(more_scale),
+        None if identity_scale is None else vector(more_shift),
+        num_threads=torch.get_num_threads(),
     )  # fmt: skip
     return results
 
@@ -127,7 +129,7 @@ class _AddRelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Maybe, ...]:
-        run = add_relu_backward if torch.compiler.is_compiling() else _backward
+        run: Any = add_relu_backward if torch.compiler.is_compiling() else _backward
         dy, dscale, dshift, didentity, more_scale, more_shift = run(
             dout, *ctx.saved_tensors, ctx.relu
         )
