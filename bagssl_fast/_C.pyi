@@ -149,16 +149,40 @@ def relu_mean_backward(
     dshift: NDArray[np.float32],
     num_threads: int,
 ) -> None: ...
+def add_relu(
+    y: NDArray[np.float32],
+    center: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    identity: NDArray[np.float32],
+    identity_center: NDArray[np.float32] | None,
+    identity_scale: NDArray[np.float32] | None,
+    identity_shift: NDArray[np.float32] | None,
+    relu: bool,
+    out: NDArray[np.float32],
+    num_threads: int,
+) -> None: ...
+def add_relu_backward(
+    dout: NDArray[np.float32],
+    out: NDArray[np.float32],
+    y: NDArray[np.float32],
+    center: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    identity: NDArray[np.float32],
+    identity_center: NDArray[np.float32] | None,
+    identity_scale: NDArray[np.float32] | None,
+    identity_shift: NDArray[np.float32] | None,
+    relu: bool,
+    dy: NDArray[np.float32],
+    dscale: NDArray[np.float32],
+    dshift: NDArray[np.float32],
+    didentity: NDArray[np.float32],
+    didentity_scale: NDArray[np.float32] | None,
+    didentity_shift: NDArray[np.float32] | None,
+    num_threads: int,
+) -> None: ...
 def auto_blur_kernel(height: int, width: int) -> int: ...
-def conv3x3(
-    x: NDArray[np.float32], weight: NDArray[np.float32], y: NDArray[np.float32], num_threads: int
-) -> None: ...
-def conv3x3_dx(
-    dy: NDArray[np.float32], weight: NDArray[np.float32], dx: NDArray[np.float32], num_threads: int
-) -> None: ...
-def conv3x3_dweight(
-    x: NDArray[np.float32], dy: NDArray[np.float32], dweight: NDArray[np.float32], num_threads: int
-) -> None: ...
 def check_augment(augment: Augment) -> None: ...
 def draw_views(
     augments: Sequence[Augment],

@@ -1,10 +1,10 @@
 """conv_bn_relu, forward and backward, beside torch's Conv2d, BatchNorm2d and ReLU, channels-last.
 
 PatchNet's blocks on 1,024 patches of 16x16 and ResNet-18's on 64 patches of 32x32, one by one, and
-PatchNet whole, mean over the patch included. A block of ours reads a deferred activation, returns
-one: it applies the normalization below it, and leaves its own to the next; in a chain every
-normalization is counted once, as in torch's. Parity is checked against float64, inputs being such
-that no ReLU is near its edge.
+both networks whole, with their means over the patch and ResNet-18's residual sums. A block of ours
+reads a deferred activation, returns one: it applies the normalization below it, and leaves its own
+to the next; in a chain every normalization is counted once, as in torch's. Parity is checked
+against float64, inputs being such that no ReLU is near its edge.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bagssl_fast import ops
-from bagssl_fast.models.fused import conv_bn_relu
+from bagssl_fast.models.blocks import conv_bn_relu
+from bagssl_fast.models.encoders import build_encoder
 from bagssl_fast.models.patchnet import PatchNet
 from harness.common import OURS
 from harness.ops import COMPILED, Call, OpCase, main
@@ -35,7 +36,10 @@ SHAPES = {  # N, C, M, kernel, stride, padding, side
     "ResNet-18 256 to 512, 3x3/2": (64, 256, 512, 3, 2, 1, 8),
     "ResNet-18 512 to 512, 3x3": (64, 512, 512, 3, 1, 1, 4),
 }
-WHOLE = "PatchNet, 1,024 patches"
+WHOLE = {
+    "PatchNet, 1,024 patches": "PatchNet 3 to 96, 4x4/2",
+    "ResNet-18, 64 patches": "ResNet-18 3 to 64, 3x3",
+}
 
 
 def layers_of(case_id: str) -> nn.Sequential:
@@ -53,8 +57,8 @@ def input_of(case_id: str) -> Tensor:
 
 def build(provider: str, case_id: str) -> Call:
     torch.manual_seed(0)
-    if case_id == WHOLE:
-        return build_whole(provider)
+    if case_id in WHOLE:
+        return build_whole(provider, case_id)
     block, x = layers_of(case_id), input_of(case_id)
     image = x.shape[1] == 3
     if provider == OURS:
@@ -80,9 +84,10 @@ def build(provider: str, case_id: str) -> Call:
     return call_layers
 
 
-def build_whole(provider: str) -> Call:
-    net = PatchNet(16).to(memory_format=torch.channels_last)
-    x = input_of("PatchNet 3 to 96, 4x4/2")
+def build_whole(provider: str, case_id: str) -> Call:
+    net = PatchNet(16) if case_id.startswith("PatchNet") else build_encoder("resnet18", 32)
+    net = net.to(memory_format=torch.channels_last)
+    x = input_of(WHOLE[case_id])
     run = torch.compile(net) if provider == COMPILED else net
 
     def call() -> list[Tensor]:
@@ -96,8 +101,8 @@ def build_whole(provider: str) -> Call:
 def parity(provider: str, case_id: str) -> Call:
     """A block's activation and gradients; each channel is positive throughout or nowhere."""
     torch.manual_seed(0)
-    block = layers_of(case_id if case_id in SHAPES else next(iter(SHAPES)))
-    x = input_of(case_id if case_id in SHAPES else next(iter(SHAPES)))[:32]
+    block = layers_of(WHOLE.get(case_id, case_id))
+    x = input_of(WHOLE.get(case_id, case_id))[:32]
     with torch.no_grad():
         block[1].bias.copy_(10 * torch.randint(0, 2, block[1].bias.shape) - 5)
     dy = torch.randn_like(block(x))
@@ -122,7 +127,7 @@ def case(case_id: str) -> OpCase:
         case_id,
         (LAYERS, COMPILED),
         floors={LAYERS: 1.1},
-        memory_floors={LAYERS: 1.8},
+        memory_floors={LAYERS: 1.8} if patchnet else {},
         flops=products * 2 * pixels * out * channels * kernel**2,
         # Forward reads x and writes y; backward reads x, y and dy, and writes dx.
         bytes=4 * ((2 if channels == 3 else 3) * read + 3 * written),
@@ -134,8 +139,12 @@ def case(case_id: str) -> OpCase:
 
 CASES = [
     OpCase(
-        WHOLE, (LAYERS, COMPILED), floors={LAYERS: 1.9, COMPILED: 1.6}, memory_floors={LAYERS: 1.8},
-        tolerance=5e-6, parity=parity,
+        "PatchNet, 1,024 patches", (LAYERS, COMPILED), floors={LAYERS: 1.9, COMPILED: 1.6},
+        memory_floors={LAYERS: 1.8}, tolerance=5e-6, parity=parity,
+    ),
+    OpCase(
+        "ResNet-18, 64 patches", (LAYERS,), floors={LAYERS: 1.6}, rounds=5, tolerance=5e-6,
+        parity=parity, quick=False,
     ),
     *map(case, SHAPES),
 ]  # fmt: skip

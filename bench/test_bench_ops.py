@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+import bench_add_relu
 import bench_bag_pool
-import bench_conv3x3
 import bench_conv_bn_relu
 import bench_dense
 import bench_linear_bn_relu
@@ -24,8 +24,8 @@ BENCHES = (
     bench_patch_embed,
     bench_patch_views,
     bench_linear_bn_relu,
-    bench_conv3x3,
     bench_conv_bn_relu,
+    bench_add_relu,
     bench_relu_mean,
     bench_dense,
 )

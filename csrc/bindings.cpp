@@ -8,7 +8,6 @@
 
 namespace bagssl {
 void register_blocks(pybind11::module_& m);   // bindings_blocks.cpp
-void register_conv(pybind11::module_& m);     // bindings_conv.cpp
 void register_loader(pybind11::module_& m);   // bindings_loader.cpp
 void register_ops(pybind11::module_& m);      // bindings_ops.cpp
 void register_sources(pybind11::module_& m);  // bindings_sources.cpp
@@ -38,7 +37,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_simd_level", &bagssl::force_simd_level, pybind11::arg("name"),
         "Puts a level in force for the whole process, for tests; None: what it began with.");
   bagssl::register_blocks(m);
-  bagssl::register_conv(m);
   bagssl::register_sources(m);  // before the loader, whose signature names a source
   bagssl::register_loader(m);
   bagssl::register_ops(m);

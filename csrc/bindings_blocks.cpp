@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "add_relu.h"
 #include "conv_bn_relu.h"
 #include "relu_mean.h"
 #include "thread_pool.h"
@@ -178,6 +179,68 @@ void mean_backward(const Floats& dmeans, const Floats& x, const Floats& center, 
   });
 }
 
+/// Packed maps of one shape, and the activation that identity is.
+struct Sum {
+  DeferredMaps x;
+  Identity identity;
+  int64_t rows, channels;
+};
+
+Sum sum_of(const Floats& y, const Optional& center, const Optional& scale, const Optional& shift,
+           const Floats& identity, const Optional& identity_center, const Optional& identity_scale,
+           const Optional& identity_shift, bool relu) {
+  const Sum sum{deferred(y, center, scale, shift),
+                {deferred(identity, identity_center, identity_scale, identity_shift), relu},
+                y.shape(0) * y.shape(1) * y.shape(2),
+                y.shape(3)};
+  if (!sum.x.scale) throw std::invalid_argument("add_relu: expected center, scale and shift of y");
+  check_maps("identity", identity, y.shape(0), y.shape(1), y.shape(2), y.shape(3));
+  return sum;
+}
+
+void add(const Floats& y, const Optional& center, const Optional& scale, const Optional& shift,
+         const Floats& identity, const Optional& identity_center, const Optional& identity_scale,
+         const Optional& identity_shift, bool relu, Floats out, int num_threads) {
+  const Sum sum = sum_of(y, center, scale, shift, identity, identity_center, identity_scale,
+                         identity_shift, relu);
+  check_maps("out", out, y.shape(0), y.shape(1), y.shape(2), y.shape(3));
+  float* to = out.mutable_data();
+  without_gil(num_threads, [&](ThreadPool& pool) {
+    add_relu(sum.x, sum.identity, sum.rows, sum.channels, to, pool);
+  });
+}
+
+void add_backward(const Floats& dout, const Floats& out, const Floats& y, const Optional& center,
+                  const Optional& scale, const Optional& shift, const Floats& identity,
+                  const Optional& identity_center, const Optional& identity_scale,
+                  const Optional& identity_shift, bool relu, Floats dy, Optional dscale,
+                  Optional dshift, Floats didentity, Optional didentity_scale,
+                  Optional didentity_shift, int num_threads) {
+  const Sum sum = sum_of(y, center, scale, shift, identity, identity_center, identity_scale,
+                         identity_shift, relu);
+  const auto check = [&](const char* name, const Floats& maps) {
+    check_maps(name, maps, y.shape(0), y.shape(1), y.shape(2), y.shape(3));
+  };
+  check("dout", dout);
+  check("out", out);
+  check("dy", dy);
+  check("didentity", didentity);
+  const AddReluResults results{dy.mutable_data(),
+                               values_out("dscale", dscale, sum.channels),
+                               values_out("dshift", dshift, sum.channels),
+                               didentity.mutable_data(),
+                               values_out("didentity_scale", didentity_scale, sum.channels),
+                               values_out("didentity_shift", didentity_shift, sum.channels)};
+  const bool of_identity = results.didentity_scale && results.didentity_shift;
+  if (!results.dscale || !results.dshift || (sum.identity.maps.scale && !of_identity)) {
+    throw std::invalid_argument("add_relu: each scale and shift needs a gradient");
+  }
+  const float *from = dout.data(), *activation = out.data();
+  without_gil(num_threads, [&](ThreadPool& pool) {
+    add_relu_backward(from, activation, sum.x, sum.identity, sum.rows, sum.channels, results, pool);
+  });
+}
+
 }  // namespace
 
 void register_blocks(py::module_& m) {
@@ -195,6 +258,15 @@ void register_blocks(py::module_& m) {
   m.def("relu_mean_backward", &mean_backward, in("dmeans"), in("x"), in("center"), in("scale"),
         in("shift"), in("dx"), in("dscale"), in("dshift"), py::arg("num_threads"),
         "Gradients of x, scale and shift from those of the means.");
+  m.def("add_relu", &add, in("y"), in("center"), in("scale"), in("shift"), in("identity"),
+        in("identity_center"), in("identity_scale"), in("identity_shift"), py::arg("relu"),
+        in("out"), py::arg("num_threads"),
+        "relu(normalized y + identity) [N, H, W, C]; identity may be normalized, with its relu.");
+  m.def("add_relu_backward", &add_backward, in("dout"), in("out"), in("y"), in("center"),
+        in("scale"), in("shift"), in("identity"), in("identity_center"), in("identity_scale"),
+        in("identity_shift"), py::arg("relu"), in("dy"), in("dscale"), in("dshift"),
+        in("didentity"), in("didentity_scale"), in("didentity_shift"), py::arg("num_threads"),
+        "Gradients of y and identity, and of the scale and shift of each that has them.");
 }
 
 }  // namespace bagssl

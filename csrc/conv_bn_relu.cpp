@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "channel_moments.h"
 #include "conv_bn_relu_pack.h"
+#include "winograd.h"
 
 namespace bagssl {
 namespace {
@@ -13,29 +15,13 @@ int64_t read_before(const ConvGeometry& s, int64_t rows) {
   return s.height * s.width * s.channels * rows / (s.out_height * s.out_width);
 }
 
-/// Mean and centered squares of each channel, in double.
-struct Moments {
-  double count = 0;
-  std::vector<double> mean, squares;
-
-  explicit Moments(int64_t channels) : mean(channels), squares(channels) {}
-
-  template <typename Number>
-  void add(const Number* other_mean, const Number* other_squares, double other_count) {
-    const double share = other_count / (count + other_count);
-    for (size_t c = 0; c < mean.size(); ++c) {
-      const double d = other_mean[c] - mean[c];
-      mean[c] += d * share;
-      squares[c] += other_squares[c] + d * d * count * share;
-    }
-    count += other_count;
-  }
-};
-
 }  // namespace
 
 void conv_forward(const DeferredMaps& x, const float* weight, const KernelStrides& strides,
                   const ConvGeometry& given, float* y, float* mean, float* var, ThreadPool& pool) {
+  if (winograd_serves(given)) {
+    return winograd_forward(x, weight, strides, given, y, mean, var, pool);
+  }
   const ConvLoops& loops = conv_loops();
   const ConvGeometry s = as_pixels(given);
   const int64_t rows = s.rows(), steps = s.steps(), channels = s.out_channels;
@@ -48,7 +34,7 @@ void conv_forward(const DeferredMaps& x, const float* weight, const KernelStride
 
   const int64_t at_a_time = chunk_rows(steps), chunks = ceil_div(rows, at_a_time);
   const int64_t groups = std::min(chunks, kMostGroups);
-  std::vector<Moments> moments(mean ? groups : 0, Moments(channels));
+  std::vector<ChannelMoments> moments(mean ? groups : 0, ChannelMoments(channels));
   pool.parallel_for(groups, [&](int, int64_t group) {
     Pieces pieces(chunk_memory().take(packed_floats(at_a_time, steps) + 2 * (columns + kLine)));
     const Packed a = pieces.packed(at_a_time, steps);
@@ -73,8 +59,7 @@ void conv_forward(const DeferredMaps& x, const float* weight, const KernelStride
   });
   if (!mean) return;
   for (int64_t group = 1; group < groups; ++group) {
-    const Moments& other = moments[group];
-    moments[0].add(other.mean.data(), other.squares.data(), other.count);
+    moments[0].add(moments[group]);
   }
   for (int64_t c = 0; c < channels; ++c) {
     mean[c] = static_cast<float>(moments[0].mean[c]);

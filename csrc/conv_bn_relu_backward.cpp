@@ -2,12 +2,13 @@
 #include <vector>
 
 #include "conv_bn_relu_pack.h"
+#include "winograd.h"
 
 namespace bagssl {
 namespace {
 
 constexpr int64_t kWeightGroups = 16;        // each with its own dweight, of which
-constexpr int64_t kGroupRows = 1024;         // each is the sum of at least so many rows, and
+constexpr int64_t kGroupRows = 512;          // each is the sum of at least so many rows, and
 constexpr int64_t kWeightFloats = 16 << 20;  // all have at most so many numbers
 
 /// What all threads of one backward pass read.
@@ -17,8 +18,8 @@ struct Backward {
   const DeferredMaps& x;
   const ConvGradient& gradient;
   Reader reader;
-  std::vector<float> slope, offset;  // dy = g + slope * y + offset; empty: dy = g
-  const float* panels;               // of the transposed weights; null: no dx
+  const GradientMap dy;
+  const float* panels;  // of the transposed weights; null: no dx
   float* dx;
   bool of_weight;
 
@@ -106,8 +107,7 @@ class BackwardPass {
     ahead_ = Ahead();
     if (first >= last) return;
     ahead_.add(all_.gradient.dy + first * outputs, (last - first) * outputs);
-    if (!all_.slope.empty())
-      ahead_.add(all_.gradient.y + first * outputs, (last - first) * outputs);
+    if (all_.dy.slope()) ahead_.add(all_.gradient.y + first * outputs, (last - first) * outputs);
     ahead_.add(all_.x.y + first * inputs, (last - first) * inputs);
     if (all_.dx) ahead_.add(all_.dx + first * inputs, (last - first) * inputs);
   }
@@ -117,11 +117,11 @@ class BackwardPass {
   void run_rows(int64_t first, int64_t rows, int64_t first_image) {
     const ConvGeometry& s = all_.s;
     const int64_t at = first * s.out_channels;
-    const bool plain = all_.slope.empty();
-    all_.loops.pack_gradient({all_.gradient.dy + at, plain ? nullptr : all_.gradient.y + at,
-                              s.rows() * s.out_channels - at, plain ? nullptr : all_.slope.data(),
-                              all_.offset.data(), rows, s.out_channels},
-                             dy_);
+    const bool plain = !all_.dy.slope();
+    all_.loops.pack_gradient(
+        {all_.gradient.dy + at, plain ? nullptr : all_.gradient.y + at,
+         s.rows() * s.out_channels - at, all_.dy.slope(), all_.dy.offset(), rows, s.out_channels},
+        dy_);
     if (all_.of_weight) {
       const float* x_end = all_.x.y + s.n * s.height * s.width * s.channels;
       all_.loops.pack_pixels({all_.x.y, x_end, first, rows, runs_.data(), int64_t(runs_.size())}, s,
@@ -141,7 +141,8 @@ class BackwardPass {
       scatter_rows_[r] = (image - first_image) * all_.map_floats() +
                          (y * all_.map_width() + x) * s.stride * all_.padded();
     }
-    all_.loops.data_scattered(chunk, {map_, scatter_rows_.data(), scatter_columns_.data()});
+    all_.loops.data_scattered(chunk,
+                              {map_, scatter_rows_.data(), scatter_columns_.data(), all_.padded()});
   }
 
   /// The pixels of x from float `at` on, whose gradients are those in `g`.
@@ -183,14 +184,23 @@ void join_weights(const Backward& all, const float* groups_dweight, int64_t grou
     const int64_t width = std::min(panel, s.out_channels - first);
     float* out = results.dweight + first * strides.out + tap / s.kernel_width * strides.row +
                  tap % s.kernel_width * strides.column;
-    for (int64_t c = 0; c < s.channels; ++c) {
-      const int64_t row = all.weight_row(tap * s.channels + c);
-      const float* from = groups_dweight + first * all.weight_rows() + row * panel;
-      float sums[2 * kMostLanes] = {};
-      for (int64_t group = 0; group < groups; ++group, from += all.weight_floats()) {
-        for (int64_t j = 0; j < panel; ++j) sums[j] += from[j];
+    // Some rows at a time, of one group after the other: each is a page or two.
+    constexpr int64_t kTogether = 32;
+    for (int64_t begin = 0; begin < s.channels; begin += kTogether) {
+      alignas(64) float sums[kTogether][2 * kMostLanes] = {};
+      const int64_t count = std::min(kTogether, s.channels - begin);
+      const float* panel_of_group = groups_dweight + first * all.weight_rows();
+      for (int64_t group = 0; group < groups; ++group, panel_of_group += all.weight_floats()) {
+        for (int64_t c = 0; c < count; ++c) {
+          const int64_t row = all.weight_row(tap * s.channels + begin + c);
+          const float* from = panel_of_group + row * panel;
+          for (int64_t j = 0; j < panel; ++j) sums[c][j] += from[j];
+        }
       }
-      for (int64_t j = 0; j < width; ++j) out[j * strides.out + c * strides.in] = sums[j];
+      for (int64_t j = 0; j < width; ++j) {
+        float* to = out + j * strides.out + begin * strides.in;
+        for (int64_t c = 0; c < count; ++c) to[c * strides.in] = sums[c][j];
+      }
     }
   });
 }
@@ -200,20 +210,16 @@ void join_weights(const Backward& all, const float* groups_dweight, int64_t grou
 void conv_backward(const ConvGradient& gradient, const DeferredMaps& x, const float* weight,
                    const KernelStrides& strides, const ConvGeometry& given,
                    const ConvResults& results, ThreadPool& pool) {
-  const PaddedReader reader(x, given.channels);
-  Backward all{conv_loops(), as_pixels(given),          x, gradient, reader.get(), {}, {}, nullptr,
-               results.dx,   results.dweight != nullptr};
-  const ConvGeometry& s = all.s;
-  if (gradient.dmean) {
-    all.slope.resize(s.out_channels + kMostLanes);
-    all.offset.resize(s.out_channels + kMostLanes);
-    const double count = static_cast<double>(s.rows());
-    for (int64_t c = 0; c < s.out_channels; ++c) {
-      const double slope = 2.0 * gradient.dvar[c] / count;
-      all.slope[c] = static_cast<float>(slope);
-      all.offset[c] = static_cast<float>(gradient.dmean[c] / count - slope * gradient.mean[c]);
-    }
+  if (winograd_serves(given)) {
+    if (results.dx) winograd_data(gradient, x, weight, strides, given, results, pool);
+    if (results.dweight) winograd_weight(gradient, x, given, results, pool);
+    return;
   }
+  const PaddedReader reader(x, given.channels);
+  Backward all{conv_loops(), as_pixels(given), x,
+               gradient,     reader.get(),     {gradient, given},
+               nullptr,      results.dx,       results.dweight != nullptr};
+  const ConvGeometry& s = all.s;
   if (results.dx) {
     float* panels =
         weight_memory().take(round_up(s.taps() * all.padded(), all.loops.panel) * s.out_channels);
@@ -235,16 +241,7 @@ void conv_backward(const ConvGradient& gradient, const DeferredMaps& x, const fl
     }
   });
   if (results.dweight) join_weights(all, dweights, groups, results, pool);
-  if (!results.dx || !x.scale) return;
-  for (int64_t c = 0; c < s.channels; ++c) {
-    double dscale = 0, dshift = 0;
-    for (int64_t group = 0; group < groups; ++group) {
-      dscale += sums[group * 2 * s.channels + c];
-      dshift += sums[(group * 2 + 1) * s.channels + c];
-    }
-    results.dscale[c] = static_cast<float>(dscale);
-    results.dshift[c] = static_cast<float>(dshift);
-  }
+  if (results.dx && x.scale) join_sums(sums.data(), groups, s.channels, s.channels, results);
 }
 
 }  // namespace bagssl

@@ -1,32 +1,6 @@
-// The loops of conv_bn_relu_ops.h; see simd_levels.h. Matrices are multiplied in tiles that stay in
-// registers: a broadcast of one operand times vectors of the other's panels.
+// The loops of conv_bn_relu_ops.h; see simd_levels.h.
 
-#define BAGSSL_UNROLL _Pragma("GCC unroll 16")
-
-#if defined(BAGSSL_AVX512)
-constexpr int kTileRows = 12, kFewRows = 4, kTileColumns = 8;
-#elif defined(BAGSSL_AVX2)
-constexpr int kTileRows = 6, kFewRows = 2, kTileColumns = 6;
-#else
-constexpr int kTileRows = 4, kFewRows = 2, kTileColumns = 4;
-#endif
-constexpr int kVectors = 2;
-constexpr int kPanel = kVectors * kLanes;
-static_assert(kTileRows <= kMostTileRows && kLanes <= kMostLanes, "");
-
-BAGSSL_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/// max(x, 0), of NaN NaN.
-BAGSSL_INLINE Floats positive(Floats x) {
-#if defined(BAGSSL_AVX512)
-  return _mm512_max_ps(Floats{}, x);
-#elif defined(BAGSSL_AVX2)
-  return _mm256_max_ps(Floats{}, x);
-#else
-  const Floats zero = {};
-  return x < zero ? zero : x;
-#endif
-}
+#include "register_tiles_body.h"
 
 // ------------------------------------------------------------------------------------ packing
 
@@ -127,65 +101,6 @@ void pack_gradient(const GradientRows& rows, const Packed& to) {
 
 // ----------------------------------------------------------------------------------- products
 
-/// The lines that a product of so many steps fetches, `step` bytes apart: none if step is 0.
-struct Lines {
-  const char* next;
-  int64_t step;
-};
-
-BAGSSL_INLINE Lines take(Ahead* ahead, int64_t steps, const void* anything) {
-  while (ahead->now < ahead->count && ahead->floats[ahead->now] <= 0) ++ahead->now;
-  if (ahead->now == ahead->count) return {static_cast<const char*>(anything), 0};
-  const float*& at = ahead->at[ahead->now];
-  const Lines lines = {reinterpret_cast<const char*>(at), 64};
-  at += 16 * steps;
-  ahead->floats[ahead->now] -= 16 * steps;
-  return lines;
-}
-
-BAGSSL_INLINE void fetch(Lines& lines) {
-  __builtin_prefetch(lines.next, 0, 2);
-  lines.next += lines.step;
-}
-
-/// out[r][j] = sum over k of a[r][k] b[k][j], kRows rows and one panel.
-template <int kRows>
-BAGSSL_INLINE void product(const float* a, int64_t block, const float* b, int64_t steps, float* out,
-                           int64_t out_step, Lines lines) {
-  Floats sums[kRows][kVectors] = {};
-  for (; steps > 0; steps -= kBlock, a += block) {
-    const int64_t count = at_most(steps, kBlock);
-    for (int64_t k = 0; k < count; ++k, b += kPanel) {
-      Floats panel[kVectors];
-      fetch(lines);
-      BAGSSL_UNROLL
-      for (int v = 0; v < kVectors; ++v) panel[v] = load(b + v * kLanes);
-      BAGSSL_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const Floats x = splat(a[r * kRowStep + k]);
-        BAGSSL_UNROLL
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(x, panel[v], sums[r][v]);
-      }
-    }
-  }
-  BAGSSL_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    BAGSSL_UNROLL
-    for (int v = 0; v < kVectors; ++v) store(out + r * out_step + v * kLanes, sums[r][v]);
-  }
-}
-
-/// The product of `rows` rows; rows up to kTileRows are written.
-BAGSSL_INLINE void product_of_rows(int64_t rows, const float* a, int64_t block, const float* b,
-                                   int64_t steps, float* out, int64_t out_step, Ahead* ahead) {
-  const Lines lines = take(ahead, steps, b);
-  if (rows > kFewRows) {
-    product<kTileRows>(a, block, b, steps, out, out_step, lines);
-  } else {
-    product<kFewRows>(a, block, b, steps, out, out_step, lines);
-  }
-}
-
 /// Joins the rows of a tile to the mean and centered squares of the `seen` rows before them, by
 /// Chan's rule (Chan, Golub, LeVeque 1979).
 BAGSSL_INLINE void add_moments(const float* y, int64_t step, int64_t rows, int64_t seen,
@@ -227,7 +142,7 @@ void forward(const ForwardChunk& c) {
       float* out = full ? y : tile;
       const int64_t step = full ? c.channels : kPanel;
       product_of_rows(rows, c.a.data + row * kRowStep, c.a.block, panel, c.steps, out, step,
-                      c.ahead);
+                      take(c.ahead, c.steps, panel));
       for (int64_t r = 0; !full && r < rows; ++r) {
         for (int64_t j = 0; j < width; j += kLanes) {
           store_some(y + r * c.channels + j, load(tile + r * kPanel + j), width - j);
@@ -277,7 +192,7 @@ void data_pointwise(const DataChunk& c, const MaskChunk& all) {
       alignas(64) float tile[kTileRows * kPanel];
       const int64_t rows = at_most(kTileRows, c.rows - row);
       product_of_rows(rows, c.dy.data + row * kRowStep, c.dy.block, c.weight + first * c.steps,
-                      c.steps, tile, kPanel, c.ahead);
+                      c.steps, tile, kPanel, take(c.ahead, c.steps, c.weight));
       MaskChunk part = all;
       part.g = tile;
       part.g_step = kPanel;
@@ -297,13 +212,18 @@ void data_pointwise(const DataChunk& c, const MaskChunk& all) {
 }
 
 void data_scattered(const DataChunk& c, const Scatter& to) {
-  for (int64_t first = 0; first < c.columns; first += kPanel) {
+  // All taps of some channels before the next channels: they add to the same places. Where panels
+  // hold channels of two taps, in the order of memory.
+  const int64_t panels = (c.columns + kPanel - 1) / kPanel;
+  const int64_t of_tap = to.tap_columns % kPanel == 0 ? to.tap_columns / kPanel : panels;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t taps = panels / of_tap, first = (panel % taps * of_tap + panel / taps) * kPanel;
     const int64_t vectors = at_most(kPanel, c.columns - first) / kLanes;
     for (int64_t row = 0; row < c.rows; row += kTileRows) {
       alignas(64) float tile[kTileRows * kPanel];
       const int64_t rows = at_most(kTileRows, c.rows - row);
       product_of_rows(rows, c.dy.data + row * kRowStep, c.dy.block, c.weight + first * c.steps,
-                      c.steps, tile, kPanel, c.ahead);
+                      c.steps, tile, kPanel, take(c.ahead, c.steps, c.weight));
       for (int64_t v = 0; v < vectors; ++v) {
         float* map = to.map + to.columns[first / kLanes + v];
         for (int64_t r = 0; r < rows; ++r) {
@@ -312,34 +232,6 @@ void data_scattered(const DataChunk& c, const Scatter& to) {
         }
       }
     }
-  }
-}
-
-/// sums[i][j] += sum over rows of a[row][i] dy[row][j], kTileColumns columns and one panel.
-BAGSSL_INLINE void outer_product(const float* a, const float* dy, int64_t rows, float* out,
-                                 Lines lines) {
-  Floats sums[kTileColumns][kVectors];
-  BAGSSL_UNROLL
-  for (int i = 0; i < kTileColumns; ++i) {
-    BAGSSL_UNROLL
-    for (int v = 0; v < kVectors; ++v) sums[i][v] = load(out + i * kPanel + v * kLanes);
-  }
-  for (int64_t row = 0; row < rows; ++row, a += kRowStep, dy += kRowStep) {
-    Floats panel[kVectors];
-    fetch(lines);
-    BAGSSL_UNROLL
-    for (int v = 0; v < kVectors; ++v) panel[v] = load(dy + v * kLanes);
-    BAGSSL_UNROLL
-    for (int i = 0; i < kTileColumns; ++i) {
-      const Floats x = splat(a[i]);
-      BAGSSL_UNROLL
-      for (int v = 0; v < kVectors; ++v) sums[i][v] = multiply_add(x, panel[v], sums[i][v]);
-    }
-  }
-  BAGSSL_UNROLL
-  for (int i = 0; i < kTileColumns; ++i) {
-    BAGSSL_UNROLL
-    for (int v = 0; v < kVectors; ++v) store(out + i * kPanel + v * kLanes, sums[i][v]);
   }
 }
 
@@ -359,5 +251,3 @@ void weight(const Packed& a, const Packed& dy, int64_t rows, int64_t steps, int6
 
 constexpr ConvLoops kLoops = {kLanes,  kPanel,         kTileColumns,   pack_pixels, pack_gradient,
                               forward, data_pointwise, data_scattered, mask,        weight};
-
-#undef BAGSSL_UNROLL

@@ -89,6 +89,7 @@ struct Scatter {
   float* map;
   const int64_t* rows;     ///< offset of each row
   const int64_t* columns;  ///< offset of each vector of columns
+  int64_t tap_columns;     ///< of each tap
 };
 
 /// The loops over numbers, once per SIMD level; the rest is conv_bn_relu.cpp.

@@ -52,6 +52,31 @@ std::vector<Run> runs_of(const ConvGeometry& s, bool plain, int64_t block) {
   return runs;
 }
 
+GradientMap::GradientMap(const ConvGradient& gradient, const ConvGeometry& s) {
+  if (!gradient.dmean) return;
+  slope_.resize(s.out_channels + kMostLanes);
+  offset_.resize(s.out_channels + kMostLanes);
+  const double count = static_cast<double>(s.rows());
+  for (int64_t c = 0; c < s.out_channels; ++c) {
+    const double slope = 2.0 * gradient.dvar[c] / count;
+    slope_[c] = static_cast<float>(slope);
+    offset_[c] = static_cast<float>(gradient.dmean[c] / count - slope * gradient.mean[c]);
+  }
+}
+
+void join_sums(const double* sums, int64_t groups, int64_t padded, int64_t channels,
+               const ConvResults& results) {
+  for (int64_t c = 0; c < channels; ++c) {
+    double dscale = 0, dshift = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+      dscale += sums[group * 2 * padded + c];
+      dshift += sums[(group * 2 + 1) * padded + c];
+    }
+    results.dscale[c] = static_cast<float>(dscale);
+    results.dshift[c] = static_cast<float>(dshift);
+  }
+}
+
 void pack_weight(const float* weight, const KernelStrides& strides, const ConvGeometry& s,
                  float* out, ThreadPool& pool) {
   const int64_t panel = conv_loops().panel;

@@ -66,6 +66,21 @@ void pack_weight(const float* weight, const KernelStrides& strides, const ConvGe
 void pack_transposed(const float* weight, const KernelStrides& strides, const ConvGeometry& s,
                      float* out, ThreadPool& pool);
 
+/// dy = g + slope * y + offset per channel: what the gradients of the moments add to that of y.
+class GradientMap {
+ public:
+  GradientMap(const ConvGradient& gradient, const ConvGeometry& geometry);
+  const float* slope() const { return slope_.empty() ? nullptr : slope_.data(); }
+  const float* offset() const { return slope() ? offset_.data() : nullptr; }
+
+ private:
+  std::vector<float> slope_, offset_;  // of whole vectors of any level; empty: dy = g
+};
+
+/// results.dscale and dshift from `groups` sums [2][padded] over pixels.
+void join_sums(const double* sums, int64_t groups, int64_t padded, int64_t channels,
+               const ConvResults& results);
+
 /// Memory that each thread keeps: for packed weights, and for what it works on.
 Workspace& weight_memory();
 Workspace& chunk_memory();

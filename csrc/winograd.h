@@ -1,37 +1,31 @@
 #pragma once
 
+// 3x3 convolutions with stride 1 by Winograd's F(4x4, 3x3) (Lavin and Gray, 1509.09308), as
+// conv_bn_relu runs them: the map is cut into tiles of 4x4 outputs, each of which sees 6x6 inputs;
+// a tile becomes 36 numbers per channel and the convolution 36 matrix products, 4 times fewer
+// multiply-adds than the sum over taps. Numbers are read and written as conv_bn_relu.h says.
+
 #include <cstdint>
 
-#include "thread_pool.h"
+#include "conv_bn_relu_pack.h"
 
 namespace bagssl {
 
-/// A 3x3 convolution with stride 1 and padding 1 over channels-last maps: x [n, height, width,
-/// in_channels], y [n, height, width, out_channels], all packed float32.
-struct ConvShape {
-  int64_t n, height, width, in_channels, out_channels;
-};
+/// Whether this convolution is faster that way.
+bool winograd_serves(const ConvGeometry& geometry);
 
-/// Weights [out_channels, in_channels, 3, 3] in any memory format: distances in floats between
-/// output channels, input channels and taps (the 9 taps lie evenly apart).
-struct WeightStrides {
-  int64_t out, in, tap;
-};
+/// As conv_forward.
+void winograd_forward(const DeferredMaps& x, const float* weight, const KernelStrides& strides,
+                      const ConvGeometry& geometry, float* y, float* mean, float* var,
+                      ThreadPool& pool);
 
-/// y = conv(x, weight), every element written.
-///
-/// Winograd's F(4x4, 3x3) (Lavin and Gray, 1509.09308): the map is cut into tiles of 4x4 outputs,
-/// each of which sees 6x6 inputs; a tile becomes 36 numbers per channel and the convolution 36
-/// matrix products, 4 times fewer multiply-adds than the sum over taps.
-void conv3x3(const float* x, const float* weight, float* y, const ConvShape& shape,
-             WeightStrides strides, ThreadPool& pool);
+/// results.dx, with dscale and dshift where x has a scale.
+void winograd_data(const ConvGradient& gradient, const DeferredMaps& x, const float* weight,
+                   const KernelStrides& strides, const ConvGeometry& geometry,
+                   const ConvResults& results, ThreadPool& pool);
 
-/// dx from dy: conv3x3 with the taps turned around and the channels exchanged.
-void conv3x3_dx(const float* dy, const float* weight, float* dx, const ConvShape& shape,
-                WeightStrides strides, ThreadPool& pool);
-
-/// dweight from x and dy. Sums over tiles are taken in one fixed order, whatever the pool's size.
-void conv3x3_dweight(const float* x, const float* dy, float* dweight, const ConvShape& shape,
-                     WeightStrides strides, ThreadPool& pool);
+/// results.dweight.
+void winograd_weight(const ConvGradient& gradient, const DeferredMaps& x,
+                     const ConvGeometry& geometry, const ConvResults& results, ThreadPool& pool);
 
 }  // namespace bagssl

@@ -38,8 +38,9 @@ loader_tests=(
   tests/test_function_source.py
 )
 op_tests=(
-  tests/test_bag_pool.py tests/test_conv3x3.py tests/test_conv_bn_relu.py tests/test_patch_embed.py
-  tests/test_patch_views.py tests/test_relu_mean.py
+  tests/test_add_relu.py tests/test_bag_pool.py tests/test_conv_bn_relu.py
+  tests/test_patch_embed.py tests/test_patch_views.py tests/test_relu_mean.py
+  tests/test_winograd.py
 )
 other_tests=(
   tests/test_bad_files.py tests/test_changing_files.py tests/test_damaged_sets.py

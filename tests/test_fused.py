@@ -8,7 +8,8 @@ from tolerances import assert_matches
 from torch import Tensor, nn
 
 from bagssl_fast import ops
-from bagssl_fast.models.fused import FusedSequential, fuse, is_block
+from bagssl_fast.models.blocks import is_block
+from bagssl_fast.models.fused import FusedSequential, fuse
 from bagssl_fast.models.patchnet import PatchNet
 from bagssl_fast.ops import Deferred
 

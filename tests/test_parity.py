@@ -90,18 +90,6 @@ def blocks(label: str, *shape: int, **options: Any) -> Case:
     return Case(label, tensors, options)
 
 
-def maps(label: str, *shape: int, channels_last: bool = True) -> Case:
-    def tensors() -> dict[str, Tensor]:
-        batch, channels, out, height, width = shape
-        x = normal(batch, channels, height, width, mean=0.1)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        weight = normal(out, channels, 3, 3) / (9 * channels) ** 0.5
-        return {"x": x.contiguous(memory_format=layout), "weight": weight}
-
-    # In half precision every cell is torch's own convolution, which sums in its own way.
-    return Case(label, tensors, {}, halves=False)
-
-
 def convolutions(label: str, *shape: int, kernel: int, **options: Any) -> Case:
     def tensors() -> dict[str, Tensor]:
         return {
@@ -114,6 +102,10 @@ def convolutions(label: str, *shape: int, kernel: int, **options: Any) -> Case:
         }
 
     return Case(label, tensors, options, halves=False)  # torch's way: y is rounded to them
+
+
+def sums(label: str, *shape: int) -> Case:
+    return Case(label, lambda: {"x": normal(*shape), "identity": normal(*shape, mean=0.1)}, {})
 
 
 def activations(label: str, *shape: int) -> Case:
@@ -133,17 +125,13 @@ CASES: dict[str, list[Case]] = {
         patches("odd width", lambda: grid([0, 1], [*range(6)]), (9, 12)),
         patches("column by column", lambda: grid([*range(5)], [*range(7)]).sort(0)[0], (12, 12)),
     ],
-    "conv3x3": [
-        maps("winograd", 2, 32, 40, 16, 18),
-        maps("few channels", 2, 3, 8, 9, 7),
-        maps("contiguous", 2, 32, 40, 16, 18, channels_last=False),
-    ],
     "conv_bn_relu": [
         convolutions("training", 4, 3, 7, 6, kernel=3, training=True),
         convolutions("strided", 5, 3, 9, 8, kernel=4, training=True, stride=2, padding=1),
         convolutions("pointwise", 3, 7, 4, 4, kernel=1, training=True),
         convolutions("eval", 4, 3, 7, 6, kernel=3, training=False),
     ],
+    "add_relu": [sums("maps", 4, 3, 5, 6), sums("pixels", 3, 7, 1, 1)],
     "relu_mean": [activations("maps", 4, 3, 5, 6), activations("pixels", 3, 7, 1, 1)],
     "linear_bn_relu": [
         blocks("three rows", 3, 3, training=True),

@@ -11,41 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bagssl_fast import ops
 from bagssl_fast.arguments import check_options
+from bagssl_fast.models.fused import fuse, obstacle
 from bagssl_fast.models.patchnet import PatchMLP, PatchNet
 
 # Up to this patch size ResNets get the CIFAR stem (3x3, stride 1, no pooling).
 CIFAR_STEM_MAX = 64
-
-
-class Conv3x3(nn.Conv2d):
-    """An `nn.Conv2d` of 3x3 with stride 1, padding 1 and no bias that runs as `ops.conv3x3`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[N, C, H, W]` -> `[N, K, H, W]`."""
-        return ops.conv3x3(x, self.weight)
-
-
-def fast_convolutions(net: nn.Module) -> nn.Module:
-    """Makes the convolutions that `Conv3x3` can compute such ones, in place.
-
-    Parameters keep their names and their memory.
-    """
-    for conv in net.modules():
-        if type(conv) is nn.Conv2d and _is_plain_3x3(conv):
-            conv.__class__ = Conv3x3
-    return net
-
-
-def _is_plain_3x3(conv: nn.Conv2d) -> bool:
-    return (
-        conv.kernel_size == (3, 3)
-        and conv.padding == conv.stride == conv.dilation == (1, 1)
-        and conv.groups == 1
-        and conv.padding_mode == "zeros"
-        and conv.bias is None
-    )
 
 
 class ImageBackbone(nn.Module):
@@ -135,7 +106,12 @@ def _torchvision_resnet(
         net.maxpool = nn.Identity()
     feature_dim = net.fc.in_features
     net.fc = nn.Identity()
-    return ImageBackbone(fast_convolutions(net), patch_size, feature_dim)
+    return ImageBackbone(_fused_if_it_fits(net), patch_size, feature_dim)
+
+
+def _fused_if_it_fits(net: nn.Module) -> nn.Module:
+    """Other networks, ResNeXts and ViTs among them, run as they are."""
+    return net if obstacle(net) else fuse(net)
 
 
 def _timm_model(
@@ -174,4 +150,4 @@ def _timm_model(
         ) from error
     with torch.no_grad():  # timm has several names for the size of a model's output
         feature_dim = net.eval()(torch.zeros(1, 3, patch_size, patch_size)).shape[-1]
-    return ImageBackbone(net.train(), patch_size, feature_dim)
+    return ImageBackbone(_fused_if_it_fits(net.train()), patch_size, feature_dim)

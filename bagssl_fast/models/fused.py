@@ -6,7 +6,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from bagssl_fast import ops
-from bagssl_fast.distributed.sync_bn import SharedBatchNorm
+from bagssl_fast.models.blocks import conv_bn_relu, is_block
+from bagssl_fast.models.residual import ResidualBlock, become_fused, kind_of, misfit
 from bagssl_fast.ops import Deferred
 
 
@@ -39,74 +40,50 @@ class FusedSequential(nn.Sequential):
 
 
 def fuse(net: nn.Module) -> nn.Module:
-    """Lets each Sequential in `net` that holds Conv2d, BatchNorm2d, ReLU run them as one, in place.
+    """Lets the parts of `net` that `ops.conv_bn_relu` computes run on it, in place.
 
-    Parameters, their names and the memory they are in stay as they are.
+    These are each Sequential that holds Conv2d, BatchNorm2d, ReLU, and the ResNets of torchvision
+    and timm: stem, BasicBlocks and Bottlenecks. Parameters, their names and the memory they are in
+    stay as they are; layers that somebody has hooked run as they are.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such part, or a ResNet has one that does not fit.
     """
-    found = False
-    for module in net.modules():
-        if type(module) in (nn.Sequential, FusedSequential):
-            layers = list(cast(nn.Sequential, module))
-            if any(is_block(*layers[i : i + 3]) for i in range(len(layers))):
-                module.__class__ = FusedSequential
-                found = True
-    if not found:
-        raise ValueError(
-            f"fuse: {type(net).__name__} has no Sequential with a Conv2d (square stride and "
-            "padding, no bias, groups or dilation), BatchNorm2d and ReLU in a row; use it as it is"
-        )
+    reason = obstacle(net)
+    if reason is not None:
+        raise ValueError(f"fuse: {type(net).__name__}{reason}; use it as it is")
+    for module in list(net.modules()):
+        if _has_blocks(module):
+            module.__class__ = FusedSequential
+        elif kind_of(module) is not None:
+            become_fused(module)
     return net
 
 
-def is_block(*layers: nn.Module) -> bool:
-    """Whether three layers are one that `conv_bn_relu` computes, with nobody hooked in between."""
-    if len(layers) != 3:
-        return False
-    conv, norm, relu = layers
-    if type(conv) is not nn.Conv2d or type(relu) is not nn.ReLU:
-        return False
+def obstacle(net: nn.Module) -> str | None:
+    """Why `fuse` refuses a network, None if it does not."""
+    found, first = False, ""
+    for name, module in net.named_modules():
+        if kind_of(module) is not None or isinstance(module, ResidualBlock):
+            part = misfit(module)
+            if part is not None:
+                place = ".".join(filter(None, (name, part)))
+                found_type = type(net.get_submodule(place)).__name__
+                return f": {place} ({found_type}) is not what conv_bn_relu computes"
+            found = True
+        found = found or _has_blocks(module)
+        if not first and isinstance(module, nn.Conv2d | nn.Linear):
+            first = f"; its first layer is {name or 'itself'} ({type(module).__name__})"
+    if found:
+        return None
     return (
-        isinstance(norm, nn.BatchNorm2d | SharedBatchNorm)
-        and norm.affine
-        and isinstance(conv.padding, tuple)
-        and len({*conv.padding}) == len({*conv.stride}) == 1
-        and conv.groups == 1
-        and conv.dilation == (1, 1)
-        and conv.padding_mode == "zeros"
-        and conv.bias is None
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in layers)
+        " has no Sequential with a Conv2d (square stride and padding, no bias, groups or "
+        f"dilation), BatchNorm2d and ReLU in a row, and no ResNet of torchvision or timm{first}"
     )
 
 
-def conv_bn_relu(
-    x: Tensor | Deferred, conv: nn.Module, norm: nn.Module, stride: int | None = None
-) -> Tensor | Deferred:
-    """The op on the layers of a block: statistics, momentum and training mode are those of `norm`.
-
-    Args:
-        stride: instead of the convolution's own.
-    """
-    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | SharedBatchNorm)
-    moved = norm.training and norm.running_mean is not None
-    momentum = norm.momentum
-    if moved and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:  # the mean over all batches
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    return ops.conv_bn_relu(
-        x,
-        conv.weight,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        stride=conv.stride[0] if stride is None else stride,
-        padding=cast(int, conv.padding[0]),
-        training=norm.training or norm.running_mean is None,
-        momentum=0.0 if momentum is None else momentum,
-        eps=norm.eps,
-        group=getattr(norm, "group", None),
-    )
+def _has_blocks(module: nn.Module) -> bool:
+    if type(module) not in (nn.Sequential, FusedSequential):
+        return False
+    layers = list(cast(nn.Sequential, module))
+    return any(is_block(*layers[i : i + 3]) for i in range(len(layers)))

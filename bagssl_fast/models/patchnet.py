@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bagssl_fast import ops
 from bagssl_fast.models.backbone import Window, WindowMaps
-from bagssl_fast.models.fused import FusedSequential, conv_bn_relu, is_block
+from bagssl_fast.models.blocks import conv_bn_relu, is_block
+from bagssl_fast.models.fused import FusedSequential
 from bagssl_fast.models.heads import LinearBNReLU
 
 

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from bagssl_fast.distributed.collectives import all_reduce_mean, all_reduce_sum, gather
 from bagssl_fast.ops.deferred import Deferred as Deferred
+from bagssl_fast.ops.deferred import Normalized as Normalized
 from bagssl_fast.ops.deferred import applied as applied
 from bagssl_fast.ops.reference.vicreg import CONVENTIONS
 
@@ -27,8 +28,8 @@ DISPATCH: dict[str, tuple[str, str | None, str | None]] = {
     # op               reference    cpu    cuda (Triton)
     "patch_views": ("reference", "cpu", "kernels"),
     "patch_embed": ("reference", "cpu", "kernels"),
-    "conv3x3": ("reference", "cpu", None),  # cuda: cuDNN, as the reference
     "conv_bn_relu": ("reference", "cpu", None),
+    "add_relu": ("reference", "cpu", None),
     "relu_mean": ("reference", "cpu", None),
     "linear_bn_relu": ("reference", "cpu", "kernels"),
     "vicreg": ("reference", "cpu", "kernels"),
@@ -177,36 +178,6 @@ def patch_embed(
     return run(images, weight, bias, positions, mean=mean, std=std, relu=relu)
 
 
-def conv3x3(x: Tensor, weight: Tensor, *, impl: str | None = None) -> Tensor:
-    """A 3x3 convolution with stride 1, padding 1 and no bias: `F.conv2d(x, weight, padding=1)`.
-
-    On a CPU, maps that are channels-last, float32 and large enough are convolved by Winograd's
-    F(4x4, 3x3), which needs a quarter of the multiply-adds: forward, dx and dweight. It samples a
-    tile of 6x6 pixels at a time: a NaN reaches every pixel of the 4x4 tiles that read it.
-
-    Args:
-        x: [N, C, H, W].
-        weight: [K, C, 3, 3].
-        impl: "reference", "cpu" or "cuda"; by default what `table()` shows for the device.
-
-    Returns:
-        [N, K, H, W].
-
-    Raises:
-        ValueError: wrong rank, shape, dtype or device.
-    """
-    op = "conv3x3"
-    _check(op, "x", x, _FLOATS, 4, "[N, C, H, W]")
-    _check(op, "weight", weight, _FLOATS, 4, "[K, C, 3, 3]")
-    _check_same_device(op, x=x, weight=weight)
-    if tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
-        raise ValueError(
-            f"{op}: weight is {list(weight.shape)}, expected [K, {x.shape[1]}, 3, 3] for x "
-            f"{list(x.shape)}"
-        )
-    return cast(Tensor, _implementation(op, impl, x)(x, weight))
-
-
 def conv_bn_relu(
     x: Tensor | Deferred,
     weight: Tensor,
@@ -221,12 +192,15 @@ def conv_bn_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     group: ProcessGroup | None = None,
+    relu: bool = True,
     impl: str | None = None,
-) -> Tensor | Deferred:
+) -> Tensor | Deferred | Normalized:
     """`relu(batch_norm(conv2d(x, weight)))`, a block of a convolutional network.
 
     On a CPU the normalized activation is never written: what is returned there is `Deferred`, which
     the next block and `relu_mean` take as it is, and `applied` turns into the activation itself.
+    There 3x3 convolutions with stride 1 may run by Winograd's F(4x4, 3x3), which samples tiles of
+    6x6 pixels: a NaN reaches every pixel of the 4x4 tiles that read it.
 
     Args:
         x: [N, C, H, W] or an activation that a block returned.
@@ -237,6 +211,7 @@ def conv_bn_relu(
         momentum: weight of the new value in the running statistics.
         eps: added to the variance.
         group: ranks over which statistics are taken; all of them must call, with equal shapes.
+        relu: apply ReLU; without, the result is a tensor or `Normalized`, which `add_relu` takes.
         impl: "reference", "cpu" or "cuda"; by default what `table()` shows for the device.
 
     Returns:
@@ -298,7 +273,37 @@ def conv_bn_relu(
         momentum=momentum,
         eps=eps,
         group=group,
+        relu=relu,
     )
+
+
+def add_relu(
+    x: Tensor | Normalized, identity: Tensor | Normalized | Deferred, *, impl: str | None = None
+) -> Tensor:
+    """The residual sum `relu(x + identity)`, written: it has two readers.
+
+    Args:
+        x: [N, C, H, W] or what `conv_bn_relu` returned without its ReLU.
+        identity: the same, or an activation that `conv_bn_relu` returned.
+        impl: "reference", "cpu" or "cuda"; by default what `table()` shows for the device.
+
+    Returns:
+        [N, C, H, W].
+
+    Raises:
+        ValueError: wrong rank, dtype or device, maps of different shapes.
+    """
+    op = "add_relu"
+    maps = x.y if isinstance(x, Normalized) else x
+    others = identity.y if isinstance(identity, Normalized | Deferred) else identity
+    _check(op, "x", maps, _FLOATS, 4, "[N, C, H, W]")
+    _check(op, "identity", others, _FLOATS, 4, "[N, C, H, W]")
+    _check_same_device(op, x=maps, identity=others)
+    if maps.shape != others.shape:
+        raise ValueError(
+            f"{op}: x is {list(maps.shape)}, identity {list(others.shape)}; they must agree"
+        )
+    return cast(Tensor, _implementation(op, impl, maps)(x, identity))
 
 
 def relu_mean(x: Tensor | Deferred, *, impl: str | None = None) -> Tensor:

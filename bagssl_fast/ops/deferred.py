@@ -27,9 +27,19 @@ class Deferred(NamedTuple):
         return Deferred(*(x.detach() for x in self))
 
 
-def applied(x: Tensor | Deferred) -> Tensor:
+class Normalized(NamedTuple):
+    """The same without its ReLU, `scale * (y - center) + shift`: one side of a residual sum."""
+
+    y: Tensor
+    center: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def applied(x: Tensor | Deferred | Normalized) -> Tensor:
     """The activation itself, [N, C, H, W]; a tensor is one already."""
     if isinstance(x, Tensor):
         return x
     center, scale, shift = (v[:, None, None] for v in x[1:])
-    return torch.relu_(torch.addcmul(shift, x.y - center, scale))
+    h = torch.addcmul(shift, x.y - center, scale)
+    return torch.relu_(h) if isinstance(x, Deferred) else h

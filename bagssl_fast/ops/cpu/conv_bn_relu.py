@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 
 from bagssl_fast._extension import _C
 from bagssl_fast.distributed.collectives import gather
-from bagssl_fast.ops.deferred import Deferred
+from bagssl_fast.ops.deferred import Deferred, Normalized
 from bagssl_fast.ops.reference.conv_bn_relu import conv_bn_relu as reference
 
 Maybe = Tensor | None
@@ -233,13 +233,14 @@ def conv_bn_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     group: ProcessGroup | None = None,
-) -> Tensor | Deferred:
+    relu: bool = True,
+) -> Tensor | Deferred | Normalized:
     """The activation of [N, M, H', W']; see `ops.conv_bn_relu`."""
     maps = x if isinstance(x, Deferred) else (x, None, None, None)
     if not _served(*maps, weight, gamma, beta, running_mean, running_var):
         return reference(
             x, weight, gamma, beta, running_mean, running_var, stride=stride, padding=padding,
-            training=training, momentum=momentum, eps=eps, group=group,
+            training=training, momentum=momentum, eps=eps, group=group, relu=relu,
         )  # fmt: skip
     y, mean, var = _ConvMoments.apply(*maps, weight, stride, padding, training)
     if training:
@@ -251,4 +252,5 @@ def conv_bn_relu(
     else:
         assert running_mean is not None and running_var is not None
         mean, var = running_mean, running_var
-    return Deferred(y, mean, gamma * torch.rsqrt(var + eps), beta)
+    kind = Deferred if relu else Normalized
+    return kind(y, mean, gamma * torch.rsqrt(var + eps), beta)

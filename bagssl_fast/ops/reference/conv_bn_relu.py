@@ -27,6 +27,7 @@ def conv_bn_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     group: ProcessGroup | None = None,
+    relu: bool = True,
 ) -> Tensor:
     """The activation [N, M, H', W'] in the convolution's dtype; see `ops.conv_bn_relu`.
 
@@ -37,10 +38,10 @@ def conv_bn_relu(
     gamma, beta = gamma.to(dtype), beta.to(dtype)
     if group is None or not training:
         h = F.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps)
-        return torch.relu_(h)
+        return torch.relu_(h) if relu else h
     with torch.autocast(y.device.type, enabled=False):
         rows = y.to(dtype).movedim(1, -1)
         flat = rows.flatten(0, -2)
         mean, var = batch_statistics(flat, running_mean, running_var, momentum, group)
         h = (rows - mean) * torch.rsqrt(var + eps) * gamma + beta
-    return torch.relu_(h).movedim(-1, 1).to(y.dtype)
+    return (torch.relu_(h) if relu else h).movedim(-1, 1).to(y.dtype)
