@@ -18,10 +18,11 @@ PACKAGE = Path(__file__).resolve().parent
 # A checkout keeps the recipes in configs/; an installed wheel carries them as bagssl_fast/recipes/.
 RECIPE_FOLDERS = (PACKAGE.parent / "configs", PACKAGE / "recipes")
 
-# What may differ between a run and its resumption: paths, reporting and speed, never the result.
+# What may differ between a run and its resumption: paths, reporting, speed and what trouble does,
+# never the result of a run without trouble.
 FREE_KEYS = re.compile(
-    r"data|test_data|labels|name|run_dir|resume|overwrite|device|threads|log_every|"
-    r"checkpoint_every|keep_checkpoints|tensorboard|compile|cuda_graph|impl|"
+    r"data|test_data|labels|name|run_dir|resume|overwrite|device|threads|on_nonfinite|"
+    r"log_every|checkpoint_every|keep_checkpoints|tensorboard|compile|cuda_graph|impl|"
     r"loader\.(num_threads|batches_ahead|views)|eval\..*"
 )
 
@@ -138,7 +139,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def eval_identity(config: Config) -> dict[str, Any]:
-    """What an evaluation measures of a run: two with the same may replace each other."""
+    """What an evaluation measures of a run: two with the same are comparable."""
     options = asdict(config.eval)
     del options["enabled"], options["batch_size"]
     names = ("data", "test_data", "labels")

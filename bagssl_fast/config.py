@@ -216,9 +216,14 @@ class Config:
         sync_bn: Share batch-norm statistics between ranks.
         ema: Decay of a moving average of the weights, which is then what is exported and
             evaluated; 0 for none.
+        on_nonfinite: What a step does whose loss or gradient is not finite: stop ends the run, with
+            the state before it saved where weights were not changed yet; skip leaves the step out,
+            counts it and stops after ten in a row (on CUDA it keeps a second copy of weights and
+            optimizer state).
         log_every: Steps between two lines of metrics.jsonl.
         checkpoint_every: Epochs between two checkpoints, a fraction allowed; 0 only at the end.
-        keep_checkpoints: Checkpoints to keep, the newest ones.
+        keep_checkpoints: Checkpoints to keep, the newest ones; at least 2, the second for when the
+            first is damaged.
         tensorboard: Write TensorBoard events too (needs the extra `tensorboard`).
         bag: How an image becomes a bag.
         augment: The augmentation of a patch, or of a view where `bag.dense` is set.
@@ -253,6 +258,7 @@ class Config:
     impl: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     sync_bn: bool = False
     ema: float = 0.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = 20
     checkpoint_every: float = 1.0
     keep_checkpoints: int = 2
@@ -305,7 +311,7 @@ def check(config: Config) -> None:
     _at_least("max_steps", c.max_steps, 0)
     _at_least("max_images", c.max_images, 0)
     _at_least("log_every", c.log_every, 1)
-    _at_least("keep_checkpoints", c.keep_checkpoints, 1)
+    _at_least("keep_checkpoints", c.keep_checkpoints, 2)
     _at_least("loader.batches_ahead", c.loader.batches_ahead, 1)
     if c.batch_size < 2:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -35,8 +34,8 @@ class Evaluate(EvalConfig):
         threads: CPU threads of torch; 0 takes every core this process may use.
         impl: Implementation of the ops: auto, reference, cpu or cuda.
         on_error: What a broken image does: raise stops, skip leaves it out.
-        out: Directory for eval.json and eval.png; by default the run's.
-        overwrite: Replace an evaluation of other images or with other options.
+        out: Directory for evaluations/, eval.json and eval.png; by default the run's, where the
+            last two are the latest evaluation on the run's own images.
     """
 
     run: Path = field(kw_only=True)
@@ -48,7 +47,6 @@ class Evaluate(EvalConfig):
     impl: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     on_error: Literal["raise", "skip"] = "raise"
     out: Path | None = None
-    overwrite: bool = False
 
 
 def load_config(run: Path) -> Config:
@@ -73,28 +71,6 @@ def override(config: Config, given: Mapping[str, Any]) -> Config:
     return replace(config, **top, loader=loader, eval=replace(config.eval, **options))
 
 
-def check_out(out: Path, config: Config) -> None:
-    """Refuses a directory that holds another evaluation.
-
-    Raises:
-        ValueError: Naming what differs.
-    """
-    path = out / "eval.json"
-    if not path.is_file():
-        return
-    try:
-        kept = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
-    except (ValueError, KeyError, TypeError):
-        kept = {}
-    now = cli.eval_identity(config)
-    changed = [f"{key}: {kept.get(key)} -> {now[key]}" for key in now if kept.get(key) != now[key]]
-    if changed:
-        raise ValueError(
-            f"{path} holds another evaluation ({'; '.join(changed)}): name another directory with "
-            "--out, or replace it with --overwrite true"
-        )
-
-
 @program
 def main(argv: Sequence[str]) -> None:
     """The program."""
@@ -107,9 +83,6 @@ def main(argv: Sequence[str]) -> None:
         check_eval(config.eval, prefix="")
         for data in filter(None, (config.data, config.test_data)):
             locate.check_data(data)
-        out = given.get("out", run)
-        if not given.get("overwrite", False):
-            check_out(out, config)
     machine.tune_process()
 
     from bagssl_fast import ops
@@ -117,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
 
     ops.set_impl(None if config.impl == "auto" else config.impl)
     with errors_end(WRONG_USAGE, SKIP):
-        evaluation = prepare(run, config, out)
+        evaluation = prepare(run, config, given.get("out"))
     with errors_end(FAILED, SKIP):
         carry_out(evaluation)
 

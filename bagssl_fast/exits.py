@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, Protocol
@@ -64,6 +65,23 @@ def program(body: Callable[[Sequence[str]], None]) -> Main:
         return 0
 
     return main
+
+
+def end_soon(stop: Stopped) -> threading.Timer:
+    """Ends the process in `PATIENCE` seconds, unless the timer is canceled before.
+
+    A thread that reads from a dead disk cannot be joined, and would hold up the end for ever.
+    """
+
+    def leave() -> None:
+        if _speaks():
+            os.write(2, f"{stop}\n".encode())
+        os._exit(128 + stop.number)
+
+    timer = threading.Timer(PATIENCE, leave)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 @contextlib.contextmanager

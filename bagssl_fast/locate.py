@@ -7,6 +7,9 @@ import glob
 import os
 from pathlib import Path
 
+from bagssl_fast.files import is_leftover
+
+LOCK = ".lock"  # in a run directory: held by the process that trains there
 KINDS = (
     '"demo", a folder of images, a .tar (a list, a glob or a folder of them), a .npy or .npz '
     "array, or the folder of torchvision's CIFAR-10, CIFAR-100 or MNIST"
@@ -129,7 +132,9 @@ def check_run_dir(run_dir: Path, resume: str, overwrite: bool) -> None:
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"--run_dir {run_dir} is a file; name a directory")
-    if resume != "never" or not run_dir.is_dir() or not any(run_dir.iterdir()):
+    if resume != "never" or not run_dir.is_dir():
+        return
+    if all(path.name == LOCK or is_leftover(path.name) for path in run_dir.iterdir()):
         return
     if not overwrite:
         raise ValueError(

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
             me = ranks.start(config.device)
             run = prepare(config, me)
         # Before the group is left: the others would fail at that, and torchrun end this process.
-        with contextlib.closing(run.loader), errors_end(FAILED, SKIP):
+        with contextlib.closing(run), errors_end(FAILED, SKIP):
             train(run)
     finally:
         ranks.stop()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import start, tiny_images  # noqa: F401
 
 from bagssl_fast import _C
 

@@ -265,6 +265,11 @@ def run_dir(images, tmp_path):
     return out
 
 
+def evaluation(run_dir, which=-1):
+    """One of the kept evaluations, by default the latest."""
+    return json.loads(sorted((run_dir / "evaluations").glob("*.json"))[which].read_text())
+
+
 class TestRun:
     flags = ("--patches", "1,4,16", "--projection-patches", "4")
 
@@ -298,27 +303,30 @@ class TestRun:
             results.append(json.loads((run_dir / "eval.json").read_text())["results"])
         assert results[0] == results[1]
 
-    def test_an_evaluation_replaces_only_its_like(self, run_dir, images, tmp_path, capsys):
+    def test_an_evaluation_loses_no_earlier_one(self, run_dir, images, tmp_path):
+        """eval.json is the latest of the run's own images; all are kept under evaluations/."""
         first = ["--patches", "1,4", "--random", "false"]
         assert evaluate.main([str(run_dir), *first]) == 0
-        assert evaluate.main([str(run_dir), *first]) == 0
-        kept = (run_dir / "eval.json").read_bytes()
-        for other in (["--knn_k", "3"], ["--data", str(images / "x-test.npz")]):
-            assert evaluate.main([str(run_dir), *first, *other]) == 2
-            said = capsys.readouterr().err
-            assert "another evaluation" in said and other[0][2:] in said and "--out" in said
-            assert (run_dir / "eval.json").read_bytes() == kept
-            out = tmp_path / other[0]
-            assert evaluate.main([str(run_dir), *first, *other, "--out", str(out)]) == 0
-            assert (out / "eval.json").is_file() and (out / "eval.png").is_file()
-        assert (run_dir / "eval.json").read_bytes() == kept
-        assert evaluate.main([str(run_dir), *first, "--knn_k", "3", "--overwrite"]) == 0
+        kept = {name: (run_dir / name).read_bytes() for name in ("eval.json", "eval.png")}
+        other = ["--data", str(images / "x-test.npz")]
+        assert evaluate.main([str(run_dir), *first, *other]) == 0
+        assert {name: (run_dir / name).read_bytes() for name in kept} == kept
+        assert evaluate.main([str(run_dir), *first, "--knn_k", "3"]) == 0
         assert json.loads((run_dir / "eval.json").read_text())["settings"]["knn_k"] == 3
+        all_of_them = sorted((run_dir / "evaluations").glob("*.json"))
+        assert len(all_of_them) == 3 and all_of_them[0].read_bytes() == kept["eval.json"]
+        assert all(path.with_suffix(".png").is_file() for path in all_of_them)
+        assert evaluation(run_dir, -2)["settings"]["data"] == str(images / "x-test.npz")
+        before = (run_dir / "eval.json").read_bytes()
+        out = tmp_path / "out"
+        assert evaluate.main([str(run_dir), *first, *other, "--out", str(out)]) == 0
+        assert (out / "eval.json").is_file() and (out / "eval.png").is_file()
+        assert (run_dir / "eval.json").read_bytes() == before
 
     def test_no_older_picture_stays_beside_a_new_table(self, run_dir):
         first = [str(run_dir), "--patches", "1", "--random", "false"]
         assert evaluate.main(first) == 0 and (run_dir / "eval.png").is_file()
-        assert evaluate.main([*first, "--labels", "none", "--overwrite"]) == 0
+        assert evaluate.main([*first, "--labels", "none"]) == 0
         assert not (run_dir / "eval.png").exists()
 
     def test_every_option_of_the_record_can_be_set(self, run_dir):
@@ -336,7 +344,7 @@ class TestRun:
         flags = [str(run_dir), "--patches", "1", "--random=false"]
         assert evaluate.main(flags) == 0
         assert "the encoder has seen them" in capsys.readouterr().out
-        assert evaluate.main([*flags, "--data", str(images / "other.npz"), "--overwrite"]) == 0
+        assert evaluate.main([*flags, "--data", str(images / "other.npz")]) == 0
         said = capsys.readouterr().out
         assert "has seen" not in said and f"was trained on {images / 'x-train.npz'}" in said
 
@@ -355,7 +363,7 @@ class TestRun:
         assert evaluate.main([str(run_dir), *flags]) == 0
         said = capsys.readouterr().out
         assert "no labels" in said and "rank" in said and "linear |" not in said
-        rows = json.loads((run_dir / "eval.json").read_text())["results"]
+        rows = evaluation(run_dir)["results"]
         assert all("knn" not in r and r["rank"] > 0 for r in rows)
 
     def test_without_matplotlib(self, run_dir, capsys, monkeypatch):

@@ -68,7 +68,8 @@ def test_an_exported_folder_can_be_evaluated(folder, tmp_path):
     np.savez(tmp_path / "x.npz", images=images, labels=np.arange(12) % 2)
     flags = ["--data", str(tmp_path / "x.npz"), "--patches", "1", "--random", "false"]
     assert evaluate.main([str(folder), *flags]) == 0
-    assert json.loads((folder / "eval.json").read_text())["step"] == 7
+    (path,) = (folder / "evaluations").glob("*.json")
+    assert json.loads(path.read_text())["step"] == 7
 
 
 def test_equal_weights_are_equal_files(tmp_path):

@@ -30,8 +30,8 @@ from bagssl_fast.models import saved
 from bagssl_fast.models.bag_model import BagModel
 from bagssl_fast.terminal import say
 from bagssl_fast.training import checkpoint
+from bagssl_fast.training.guard import Diverged
 from bagssl_fast.training.loop import train
-from bagssl_fast.training.meter import Diverged
 from bagssl_fast.training.run import prepare
 
 DONE = "done.json"
@@ -157,7 +157,7 @@ class Context:
         if (folder / DONE).is_file():
             self.used(folder, json.loads((folder / DONE).read_text(encoding="utf-8"))["seconds"])
             return folder
-        config = replace(config, run_dir=str(folder), resume="auto", keep_checkpoints=1)
+        config = replace(config, run_dir=str(folder), resume="auto")
         say(f"  training {label or folder.name}")
         started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ class Context:
                 text = f"stopped in the training of {label or folder.name}"
                 raise Stopped(stop.number, f"{text}; the same command resumes it") from None
             finally:
-                run.loader.close()
+                run.close()
         seconds = self.made(folder, started)
         text = json.dumps({"seconds": seconds, "steps": run.step}) + "\n"
         write_atomic(folder / DONE, text.encode())

@@ -14,6 +14,7 @@ from bagssl_fast.data.source import (
     fingerprint_of,
     is_image_name,
     label_by_text,
+    probe_files,
 )
 from bagssl_fast.locate import KINDS
 
@@ -46,8 +47,9 @@ def open_folder(root: Path, on_error: str, labeled: bool = True) -> Source:
         names = [names[i] for i in kept]
         labels = labels[kept]
         table = NameTable.of(names, prefix=f"{root}{os.sep}")
-    native = _C.FileSource([os.path.join(base, name) for name in names])
-    mark = fingerprint_of(table.blob, table.ends)
+    paths = [os.path.join(base, name) for name in names]
+    native = _C.FileSource(paths)
+    mark = fingerprint_of(table.blob, table.ends, probe_files(paths))
     return Source(native, table, labels if classes else None, classes or None, mark)
 
 
@@ -62,7 +64,8 @@ def open_files(paths: Sequence[str | os.PathLike[str]]) -> Source:
         if not os.path.isfile(name):
             raise FileNotFoundError(f"{os.fsdecode(name)}: there is no such image file")
     table = NameTable.of(names)
-    return Source(_C.FileSource(names), table, None, None, fingerprint_of(table.blob, table.ends))
+    mark = fingerprint_of(table.blob, table.ends, probe_files(names))
+    return Source(_C.FileSource(names), table, None, None, mark)
 
 
 def _raise(error: OSError) -> None:

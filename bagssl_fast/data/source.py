@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -263,6 +264,29 @@ def check_labels(labels: NDArray[np.int64], names: Names, on_error: str) -> NDAr
         )
     warnings.warn(f"{text}: they are left out", stacklevel=3)
     return np.flatnonzero(labels >= 0)
+
+
+PROBES, PROBE_BYTES = 256, 1 << 16
+
+
+def probe_files(paths: Sequence[bytes]) -> bytes:
+    """Size and first 64 KiB of 256 files spread over the list: what a fingerprint reads of them.
+
+    It finds a set that was made again (resized, encoded again, other pictures of the same names)
+    and every change of a set of up to 256 files, in the time of 256 small reads. Modification times
+    are not in it: a copy on another disk is the same set.
+    """
+    digest = hashlib.sha256()
+    for path in paths[:: -(-len(paths) // PROBES)]:
+        try:
+            found = os.stat(path)
+            digest.update(found.st_size.to_bytes(8, "little"))
+            if stat.S_ISREG(found.st_mode):  # reading anything else may wait for ever
+                with open(path, "rb") as file:
+                    digest.update(file.read(PROBE_BYTES))
+        except OSError:
+            digest.update(b"unreadable")  # a bad image, which the loader tells
+    return digest.digest()
 
 
 def fingerprint_of(*parts: bytes | NDArray[Any]) -> str:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from bagssl_fast._extension import _C
 from bagssl_fast.data.source import (
+    PROBE_BYTES,
+    PROBES,
     NameTable,
     Source,
     check_class_count,
@@ -99,7 +101,8 @@ def open_tars(paths: Sequence[Path], on_error: str, labeled: bool = True) -> Sou
         [os.fsencode(path) for path in paths], shard[kept], offsets[kept], sizes[kept]
     )
     parts = [part for index in indices for part in (index.names.blob, index.sizes)]
-    mark = fingerprint_of(*parts, kept if len(kept) < len(labels) else b"")
+    probe = probe_members(paths, shard, offsets, sizes)
+    mark = fingerprint_of(*parts, probe, kept if len(kept) < len(labels) else b"")
     all_kept = len(kept) == len(labels)
     return Source(
         native,
@@ -108,6 +111,24 @@ def open_tars(paths: Sequence[Path], on_error: str, labeled: bool = True) -> Sou
         classes or None,
         mark,
     )
+
+
+def probe_members(
+    paths: Sequence[Path],
+    shard: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+) -> bytes:
+    """As `source.probe_files`, of members of tars; their sizes are in the index."""
+    parts = []
+    for i in range(0, len(shard), -(-len(shard) // PROBES)):
+        try:
+            with open(paths[shard[i]], "rb") as file:
+                file.seek(int(offsets[i]))
+                parts.append(file.read(min(int(sizes[i]), PROBE_BYTES)))
+        except OSError:
+            parts.append(b"unreadable")  # a bad image, which the loader tells
+    return fingerprint_of(*parts).encode()
 
 
 def _merge_classes(indices: Sequence[ShardIndex]) -> tuple[NDArray[np.int64], list[str]]:

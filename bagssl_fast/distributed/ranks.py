@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -114,16 +114,23 @@ def stop() -> None:
 
 
 class StopSignals:
-    """Signals that ask the loop to save and stop; a second SIGINT stops at once.
+    """Signals that ask the loop to save and stop; a SIGINT after one ends the process at once.
+
+    Args:
+        alone: Whether this process trains by itself. Only then can it stop between any two steps;
+            several stop together, unless this one waits for data for longer than `PATIENCE`.
 
     Attributes:
         received: Number of the signal that came, 0 for none.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+    PATIENCE = 10.0  # seconds
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = True) -> None:
+        self.alone = alone
         self.received = 0
+        self.leave: Callable[[int], Exception] | None = None  # while waiting
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -132,12 +139,48 @@ class StopSignals:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # nohup
                 self.previous[number] = signal.signal(number, self._take)
+            if not self.alone:
+                self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._wake)
         return self
 
+    @contextlib.contextmanager
+    def waiting(self, leave: Callable[[int], Exception]) -> Iterator[None]:
+        """Around a wait for data, which a signal ends.
+
+        Args:
+            leave: Called with the signal, within its handler: what it returns is raised from the
+                wait. To leave the wait may itself take for ever, so it has to save first.
+        """
+        self.leave = leave
+        try:
+            if self.received:
+                self._leave()
+            yield
+        finally:
+            self.leave = None
+            if self.received and not self.alone:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if not self.received:
+            # The kernel's own handler: this one runs between two operations only.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if number == signal.SIGINT and os.environ.get("LOCAL_RANK", "0") == "0":
+                os.write(2, b"stopping after this step; Ctrl-C again stops without saving\n")
         self.received = number
+        if self.leave is not None:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self.alone:
+            self._wake(self.received, None)
+        else:
+            signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
+
+    def _wake(self, number: int, frame: FrameType | None) -> None:
+        leave, self.leave = self.leave, None
+        if leave is not None:
+            raise leave(self.received)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.previous.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from bagssl_fast import cli
 from bagssl_fast.config import Config, patch_size
 from bagssl_fast.distributed import ranks
-from bagssl_fast.evaluation.datasets import Data, count, open_data
+from bagssl_fast.evaluation.datasets import Data, count, find_test_data, open_data
 from bagssl_fast.evaluation.features import (
     CALIBRATION_BATCHES,
     Features,
@@ -42,7 +44,9 @@ class Evaluation:
 
     Args:
         run: The run directory.
-        out: Where eval.json and eval.png go.
+        out: Where evaluations/, eval.json and eval.png go.
+        own: Whether eval.json and eval.png become this one: of the run's own images, or in a
+            directory named for it.
         config: The run's configuration, with what overrides it.
         model: The trained model.
         step: Its training step.
@@ -52,6 +56,7 @@ class Evaluation:
 
     run: Path
     out: Path
+    own: bool
     config: Config
     model: BagModel
     step: int
@@ -78,8 +83,18 @@ def prepare(
     torch.set_num_threads(config.threads or cores())
     loaded = saved.load(run_dir, config)
     data = open_data(config, trained.data if trained else None)
+    own = (
+        out is not None
+        or not (run_dir / "config.yaml").is_file()  # an exported model knows no images
+        or (trained is not None and images(trained) == images(config))
+    )
     model, out = loaded.model.to(device), Path(out or run_dir)
-    return Evaluation(run_dir, out, config, model, loaded.step, data, device)
+    return Evaluation(run_dir, out, own, config, model, loaded.step, data, device)
+
+
+def images(config: Config) -> tuple[str, str | None]:
+    """The images of an evaluation by name."""
+    return config.data, config.test_data or find_test_data(config.data)
 
 
 def evaluate(
@@ -87,7 +102,9 @@ def evaluate(
     config: Config | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run and writes eval.json and eval.png, in place of older ones.
+    """Evaluates a run and writes evaluations/<time>.json and .png.
+
+    On the run's own images, or into `out`, eval.json and eval.png become copies of them.
 
     Args:
         run_dir: A run directory that `train` made.
@@ -95,7 +112,7 @@ def evaluate(
         out: Where the files go; by default the run directory.
 
     Returns:
-        What eval.json holds.
+        What the .json holds.
 
     Raises:
         ValueError, OSError: If the directory holds no model or the data cannot be found.
@@ -128,14 +145,41 @@ def carry_out(this: Evaluation) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
         "results": rows,
     }
-    picture = this.out / "eval.png"
-    picture.unlink(missing_ok=True)  # an old one must not stand beside a new table
-    text = json.dumps(result, indent=1) + "\n"
-    write_atomic(this.out / "eval.json", text.encode())
     say(table(result))
-    say(draw(result, picture))
-    say(f"written  {this.out / 'eval.json'} after {result['seconds']} s")
+    write(this, result)
     return result
+
+
+def write(this: Evaluation, result: dict[str, Any]) -> None:
+    """Keeps a result and its picture beside earlier ones."""
+    text = (json.dumps(result, indent=1) + "\n").encode()
+    path = new_file(this.out / "evaluations", ".json")
+    write_atomic(path, text)
+    picture, said = draw(result)
+    if picture:
+        write_atomic(path.with_suffix(".png"), picture)
+    if this.own:
+        (this.out / "eval.png").unlink(missing_ok=True)  # never beside the table of another
+        write_atomic(this.out / "eval.json", text)
+        if picture:
+            write_atomic(this.out / "eval.png", picture)
+        path = this.out / "eval.json"
+    say(f"curve    {path.with_suffix('.png') if picture else said}")
+    say(f"written  {path} after {result['seconds']} s")
+
+
+def new_file(folder: Path, suffix: str) -> Path:
+    """Makes an empty file named by the time, with a number from 2 where the second is taken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        path = folder / f"{stem}{f'-{number}' if number > 1 else ''}{suffix}"
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,18 @@ def _cell(row: dict[str, Any] | None, column: str) -> str:
     return f"{row['knn' if column == 'kNN' else 'linear']:>10.1%}"
 
 
-def draw(result: dict[str, Any], path: Path) -> str:
-    """Draws accuracy against the number of patches; returns the line that says what came of it."""
+def draw(result: dict[str, Any]) -> tuple[bytes, str]:
+    """Draws accuracy against the number of patches: a PNG, or nothing and why there is none."""
     rows = [r for r in result["results"] if r["layer"] == "h" and "linear" in r]
     if not rows:
-        return "curve    none: there are no labels"
+        return b"", "none: there are no labels"
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        return "curve    none: matplotlib is not installed (pip install matplotlib)"
+        return b"", "none: matplotlib is not installed (pip install matplotlib)"
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     style = {"trained": ("tab:blue", 1.0), "random": ("tab:gray", 0.9)}
     for network, (color, alpha) in style.items():
@@ -88,6 +89,7 @@ def draw(result: dict[str, Any], path: Path) -> str:
     axes.set_title(f"{Path(result['run']).name}: the bag against one patch", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=140)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=140)
     pyplot.close(figure)
-    return f"curve    {path}"
+    return picture.getvalue(), ""

@@ -50,6 +50,17 @@ def export(run_dir: Path, weights: Mapping[str, Tensor], description: Mapping[st
     write_atomic(run_dir / "config.json", text.encode())
 
 
+def exported_step(folder: Path) -> int:
+    """The training step of a folder's exported model, -1 if it has no whole one."""
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            step = int((file.metadata() or {})["step"])
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return min(step, int(described["step"]))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return -1
+
+
 def describe(config: Config, model: BagModel, step: int) -> dict[str, Any]:
     """What config.json says of an exported model: how to build it, and how to cut its bags."""
     crop = config.augment

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bagssl_fast.data import Batch, ImageBatch
 from bagssl_fast.data.feed import prefetch
 from bagssl_fast.distributed.ranks import StopSignals
-from bagssl_fast.exits import Stopped
+from bagssl_fast.exits import Failed, Stopped, end_soon
+from bagssl_fast.terminal import say
+from bagssl_fast.training import checkpoint
 from bagssl_fast.training.cuda_graph import Computed, GraphedStep
+from bagssl_fast.training.guard import CollapseWatch, Diverged, Guard, gradient_norm
 from bagssl_fast.training.meter import Meter
 from bagssl_fast.training.optim import learning_rate
 from bagssl_fast.training.reporter import Reporter
@@ -28,60 +31,147 @@ def train(run: Run) -> None:
 
     Raises:
         Stopped: When a signal asked for it; the state is on disk.
-        Diverged: When the loss is not finite; the last good state is on disk.
-        ImageError: For a broken image, under on_error="raise".
+        Diverged: When numbers are not finite; the last good state is on disk.
+        ImageError: For a broken image, under on_error="raise"; the state is on disk.
+        Failed: If the last checkpoint cannot be written; the one before it is on disk.
     """
-    config, device, optimizer = run.config, run.ranks.device, run.optimizer
+    guard = Guard(run)
+    reporter = Reporter(
+        run.run_dir if run.ranks.is_main else None,
+        run.total_steps,
+        run.step,
+        run.config.tensorboard,
+    )
+    run.forward.train()
+    with StopSignals(alone=run.ranks.group is None) as stop, contextlib.closing(reporter):
+        try:
+            steps(run, guard, reporter, stop)
+        except Diverged as error:
+            raise Diverged(f"{error}; last good state: {save_if_good(run, guard)}") from None
+
+
+def steps(run: Run, guard: Guard, reporter: Reporter, stop: StopSignals) -> None:
+    """The remaining steps; as `train`, with nothing saved yet when a step was not finite."""
+    config, device = run.config, run.ranks.device
     # Looking at a number makes a GPU wait: there the loss is looked at every few steps only.
     check_every = 1 if device.type == "cpu" else min(config.log_every, 20)
     save_every = math.ceil(config.checkpoint_every * run.steps_per_epoch)
-    reporter = Reporter(
-        run.run_dir if run.ranks.is_main else None, run.total_steps, run.step, config.tensorboard
-    )
-    meter = Meter(run)
+    meter, watch = Meter(run), CollapseWatch(run)
     compute: Callable[[Tensor], Computed] = partial(step, run)
     if config.cuda_graph:
         compute = GraphedStep(compute)
-    run.forward.train()
-    with StopSignals() as stop, contextlib.closing(reporter):
-        for patches in bags(run):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    config.optim, run.step, run.total_steps, run.steps_per_epoch, config.batch_size
-                )
-            loss, terms, h, z = compute(patches)
-            meter.add(loss, terms, h)
-            if run.step % check_every == 0:
-                meter.raise_if_broken(terms)
+    feed = bags(run)
+    while run.step < run.total_steps:
+        try:
+            with stop.waiting(partial(leave, run, guard)):
+                patches = next(feed)
+        except (ValueError, OSError):
+            save_if_good(run, guard)
+            raise
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(
+                config.optim, run.step, run.total_steps, run.steps_per_epoch, config.batch_size
+            )
+        guard.keep()
+        computed = compute(patches)
+        norm = gradient_norm(run)
+        meter.add(computed.loss, computed.terms, computed.h)
+        if guard.judge(patches, computed, norm):
+            update(run)
+            guard.undo()
+        run.step += 1
 
-            if config.optim.clip_grad > 0:
-                run.scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_grad)
-            run.scaler.step(optimizer)
-            run.scaler.update()
-            if run.average is not None:
-                run.average.update(run.model)
-            run.step += 1
+        last = run.step == run.total_steps
+        record = None
+        if run.step % config.log_every == 0 or last:
+            record = meter.record(computed.h, computed.z) | guard.record()
+            reporter.report(run.step, record)
+        if run.step % watch.every == 0:
+            watch.look(patches, computed.z, record)
+        reporter.advance()
+        due = last or (save_every > 0 and run.step % save_every == 0)
+        asked = 0
+        if run.step % check_every == 0:
+            asked = int(run.ranks.maximum([stop.received])[0])
+        if due or asked or run.step % check_every == 0:
+            guard.check(patches, weights=bool(due or asked))
+        if asked and not last:
+            raise stopped(run, asked)
+        if due:
+            save_or_say(run, last, save_every)
 
-            last = run.step == run.total_steps
-            if run.step % config.log_every == 0 or last:
-                reporter.report(run.step, meter.record(h, z))
-            reporter.advance()
-            due = last or (save_every > 0 and run.step % save_every == 0)
-            asked = 0
-            if run.step % check_every == 0:
-                asked = int(run.ranks.maximum([stop.received])[0])
-            if due or asked:
-                meter.raise_if_broken(terms, weights=True)
-                save(run)
-            if last:
-                return
-            if asked:
-                raise Stopped(
-                    asked,
-                    f"stopped by {signal.Signals(asked).name}: {run.run_dir}, step {run.step} of "
-                    f"{run.total_steps}; --resume auto resumes it",
-                )
+
+def update(run: Run) -> None:
+    """Changes the weights by the gradients."""
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.average is not None:
+        run.average.update(run.model)
+
+
+def save_or_say(run: Run, last: bool, save_every: int) -> None:
+    """Saves; what keeps a checkpoint from being written does not stop a run that can try again.
+
+    Raises:
+        Failed: If it was the last one.
+    """
+    try:
+        save(run)
+    except OSError as error:
+        kept = f"last good checkpoint: {checkpoint.latest(run.run_dir) or 'none'}"
+        if last:
+            raise Failed(
+                f"the last checkpoint cannot be written: {error}; {kept}; make room for it or make "
+                "the directory writable, then resume with --resume auto"
+            ) from error
+        say(
+            f"warning  the checkpoint of step {run.step} cannot be written: {error}; {kept}; the "
+            f"training continues and tries again at step "
+            f"{min(run.step + save_every, run.total_steps)}"
+        )
+
+
+def save_if_good(run: Run, guard: Guard) -> str:
+    """Saves after an error if all weights are finite; returns what the newest checkpoint is."""
+    newest = checkpoint.latest(run.run_dir)
+    # On a device, steps that are not finite are found when they have changed the weights.
+    good = guard.on_host or int(guard.first) < 0
+    if run.step > 0 and good and not guard.bad_weight():
+        try:
+            save(run)
+            newest = checkpoint.latest(run.run_dir)
+        except OSError as error:
+            say(f"warning  the state of step {run.step} cannot be saved: {error}")
+    return str(newest or "none was saved yet")
+
+
+def leave(run: Run, guard: Guard, number: int) -> Stopped:
+    """Saves for a signal that came while the training waited for data, which may never come."""
+    guard.check_weights()
+    stop = stopped(run, number)
+    run.ending = end_soon(stop)
+    return stop
+
+
+def stopped(run: Run, number: int) -> Stopped:
+    """Saves for a signal, and says how to resume.
+
+    Raises:
+        Failed: If the state cannot be saved.
+    """
+    name = signal.Signals(number).name
+    try:
+        save(run)
+    except OSError as error:
+        raise Failed(
+            f"stopped by {name} at step {run.step}, which cannot be saved: {error}; last good "
+            f"checkpoint: {checkpoint.latest(run.run_dir) or 'none'}"
+        ) from error
+    return Stopped(
+        number,
+        f"stopped by {name}: {run.run_dir}, step {run.step} of {run.total_steps}; to resume, give "
+        f"--run_dir {run.run_dir} --resume auto with the same options",
+    )
 
 
 def step(run: Run, patches: Tensor) -> Computed:

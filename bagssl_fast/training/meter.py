@@ -1,8 +1,7 @@
-"""Counts what passes between two reports, and watches that the loss stays finite."""
+"""Counts what passes between two reports."""
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -12,23 +11,16 @@ import torch
 from torch import Tensor
 
 from bagssl_fast.evaluation.quality import collapse
-from bagssl_fast.exits import Failed
-from bagssl_fast.training import checkpoint
 
 if TYPE_CHECKING:
     from bagssl_fast.training.run import Run
 
 
-class Diverged(Failed):
-    """The loss is no longer a finite number."""
-
-
 class Meter:
-    """Counts what passed between two reports, and watches the loss."""
+    """Counts what passed between two reports."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.finite = torch.ones((), dtype=torch.bool, device=run.ranks.device)
         self._restart()
 
     def _restart(self) -> None:
@@ -38,7 +30,6 @@ class Meter:
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], h: Tensor) -> None:
         """Takes in one step, before its update."""
-        self.finite &= torch.isfinite(loss.detach())
         named = {"loss": loss.detach()} | {f"term/{name}": value for name, value in terms.items()}
         for name, value in named.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -69,30 +60,6 @@ class Meter:
             "patches_per_s": patches_per_s,
             "memory_mb": run.ranks.maximum([memory_mb(run.ranks.device)])[0],
         }
-
-    def raise_if_broken(self, terms: dict[str, Tensor], weights: bool = False) -> None:
-        """Stops the run if a loss was not finite on any rank; checkpoints stay as they are.
-
-        Args:
-            terms: Of the step at hand, to name the culprit.
-            weights: Look at the weights too, before they are saved.
-        """
-        run = self.run
-        finite = bool(self.finite)
-        if weights:
-            tensors = [v for v in run.model.state_dict().values() if v.is_floating_point()]
-            finite &= bool(torch.stack([v.isfinite().all() for v in tensors]).all())
-        if run.ranks.maximum([float(not finite)])[0] == 0:
-            return
-        bad = [f"{k} = {float(v)}" for k, v in terms.items() if not math.isfinite(float(v))]
-        if not bad:
-            bad = ["the sum of the terms" if not self.finite else "a weight after the update"]
-        kept = checkpoint.latest(run.run_dir)
-        raise Diverged(
-            f"near step {run.step + 1}: the loss is not finite ({', '.join(bad)}); last good "
-            f"state: {kept or 'none was saved yet'}. A lower --optim.lr, a longer "
-            "--optim.warmup_epochs, --optim.clip_grad 1 or --precision fp32 usually help"
-        )
 
 
 def memory_mb(device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from bagssl_fast.files import write_atomic
 from bagssl_fast.terminal import say
 
 
@@ -38,14 +40,14 @@ class Reporter:
         self.total_steps = total_steps
         self.started = time.monotonic()
         self.first_step = step
-        self.file = None
+        self.path: Path | None = None
+        self.unwritten = b""  # lines that could not be written yet
         self.bar: Any = None
         self.writer: Writer | None = None
         if run_dir is None:
             return
-        path = run_dir / "metrics.jsonl"
-        _keep_until(path, step)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.path = run_dir / "metrics.jsonl"
+        _keep_until(self.path, step)
         if tensorboard:
             self.writer = _tensorboard(run_dir)
         # A terminal that does not know its width (a pseudo one, say) gets lines too.
@@ -61,11 +63,10 @@ class Reporter:
 
     def report(self, step: int, record: Mapping[str, float]) -> None:
         """Takes one record: named numbers at a step (1 = after the first)."""
-        if self.file is None:
+        if self.path is None:
             return
-        self.file.write(json.dumps({"step": step, **{k: _short(v) for k, v in record.items()}}))
-        self.file.write("\n")
-        self.file.flush()
+        line = json.dumps({"step": step, **{k: _short(v) for k, v in record.items()}})
+        self._write(self.path, line.encode() + b"\n")
         if self.writer is not None:
             for name, value in record.items():
                 self.writer.add_scalar(name, value, step)
@@ -73,6 +74,23 @@ class Reporter:
             self.bar.set_postfix_str(self.line(record), refresh=True)
         else:
             say(f"step {step}/{self.total_steps}  {self.line(record)}  eta {self.eta(step)}")
+
+    def _write(self, path: Path, line: bytes) -> None:
+        """Appends a line whole or keeps it for the next time: a full disk does not stop a run."""
+        before, self.unwritten = self.unwritten, self.unwritten + line
+        try:
+            with open(path, "ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    if file.write(self.unwritten) < len(self.unwritten):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                except OSError:
+                    file.truncate(size)
+                    raise
+            self.unwritten = b""
+        except OSError as error:
+            if not before:
+                say(f"warning  {path} cannot be written, its lines are kept for later: {error}")
 
     def eta(self, step: int) -> str:
         """Time to the end of the run at the pace so far."""
@@ -98,10 +116,10 @@ class Reporter:
 
     def close(self) -> None:
         """Flushes and closes everything."""
-        for thing in (self.bar, self.file, self.writer):
+        for thing in (self.bar, self.writer):
             if thing is not None:
                 thing.close()
-        self.bar = self.file = self.writer = None
+        self.bar = self.writer = None
 
 
 def _short(value: float) -> float | None:
@@ -113,13 +131,13 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue  # the last line of a killed run may be torn
-    path.write_text("".join(kept), encoding="utf-8")
+    write_atomic(path, b"".join(kept))
 
 
 def _tensorboard(run_dir: Path) -> Writer:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ from bagssl_fast.models import saved
 from bagssl_fast.models.bag_model import BagModel, build_model
 from bagssl_fast.terminal import say
 from bagssl_fast.training import checkpoint
-from bagssl_fast.training.optim import WeightAverage, build_optimizer
+from bagssl_fast.training.directory import RunDirectory, claim_run_dir, make_fresh
+from bagssl_fast.training.optim import WeightAverage, build_optimizer, learning_rate
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,10 +60,20 @@ class Run:
     precision: torch.dtype
     total_steps: int
     step: int = 0
+    directory: RunDirectory | None = None  # of the main process
+    ending: Timer | None = None  # ends the process if `close` cannot
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.loader)
+
+    def close(self) -> None:
+        """Ends the loader's threads and lets other processes train in the run directory."""
+        self.loader.close()
+        if self.ending is not None:
+            self.ending.cancel()
+        if self.directory is not None:
+            self.directory.close()
 
 
 def prepare(config: Config, me: Ranks) -> Run:
@@ -82,9 +94,11 @@ def prepare(config: Config, me: Ranks) -> Run:
             f"shared equally; take a multiple of {me.world_size}"
         )
     run_dir = choose_run_dir(config, me)
-    config = replace(config, run_dir=str(run_dir))
-    found = checkpoint.find(config.resume, run_dir)
-    state = checkpoint.load(found) if found else None
+    if config.run_dir is not None or config.resume != "never":
+        config = replace(config, run_dir=str(run_dir))
+    newest = checkpoint.find(config.resume, run_dir)
+    older = config.resume == "auto" or Path(config.resume).is_dir()
+    found = checkpoint.load_newest(newest, older) if newest else None
 
     model = build_model(config).to(me.device)
     if config.channels_last:
@@ -129,19 +143,70 @@ def prepare(config: Config, me: Ranks) -> Run:
         precision=PRECISIONS[precision],
         total_steps=config.max_steps or config.epochs * len(loader),
     )
-    if state is not None:
-        restore(run, state)
+    extended = restore(run, found.state) if found else ""
+    check_ranks(run, found)
     if me.is_main:
-        checkpoint.open_run_dir(run_dir, config.resume, config.overwrite)
-        write_atomic(run_dir / "config.yaml", cli.to_yaml(config).encode())
-        text = json.dumps(machine.report(), indent=2) + "\n"
-        write_atomic(run_dir / "env.json", text.encode())
+        open_directory(run, newest if older else None)
         log_summary(run, found)
+        if extended:
+            say(extended)
+    if config.run_dir is None:
+        run.run_dir = Path(me.from_main(str(run.run_dir)))
     return run
 
 
+def open_directory(run: Run, newest: Path | None) -> None:
+    """Claims the run directory and writes what it starts with.
+
+    Args:
+        run: It gets the directory.
+        newest: The newest checkpoint when the run looked for one, None if it did not look.
+
+    Raises:
+        ValueError: If another process trains there, or has trained since the run looked.
+    """
+    config = run.config
+    if config.run_dir is None:
+        run.run_dir = make_fresh(run.run_dir)
+        config = run.config = replace(config, run_dir=str(run.run_dir))
+    run.directory = claim_run_dir(run.run_dir, config.resume, config.overwrite)
+    try:
+        if newest is not None and checkpoint.latest(run.run_dir) != newest:
+            raise ValueError(
+                f"--run_dir {run.run_dir}: another process has trained there just now; start again "
+                "to resume from its last checkpoint"
+            )
+        environment = json.dumps(machine.report(), indent=2) + "\n"
+        run.directory.write(
+            {"config.yaml": cli.to_yaml(config).encode(), "env.json": environment.encode()}
+        )
+        # A process may have died between its checkpoint and its export.
+        if run.step > 0 and saved.exported_step(run.run_dir) < run.step:
+            export(run)
+    except BaseException:
+        run.directory.close()
+        raise
+
+
+def check_ranks(run: Run, found: checkpoint.Found | None) -> None:
+    """Refuses to train from different checkpoints in different processes.
+
+    Raises:
+        ValueError: On every rank.
+    """
+    mine = f"{found.path} (step {run.step}, sha256 {found.digest[:16]})" if found else "none"
+    main = run.ranks.from_main(mine)
+    other = mine.partition(" ")[2] != main.partition(" ")[2]
+    if run.ranks.maximum([float(other)])[0]:
+        raise ValueError(
+            f"the processes found different checkpoints: rank 0 {main}, rank {run.ranks.rank} "
+            f"{mine}; all nodes must see the same run directory, so put --run_dir on a file "
+            "system that they share, or copy its checkpoints to each of them"
+        )
+
+
 def choose_run_dir(config: Config, me: Ranks) -> Path:
-    """The run directory: as named, that of the checkpoint to resume, or a fresh one under runs/."""
+    """The run directory: as named, that of the checkpoint to resume, or a name under runs/."""
     if config.run_dir is not None:
         return Path(config.run_dir)
     if config.resume == "auto":
@@ -197,12 +262,14 @@ def distribute(model: BagModel, config: Config, me: Ranks) -> nn.Module:
     return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]
 
 
-def log_summary(run: Run, found: Path | None) -> None:
+def log_summary(run: Run, found: checkpoint.Found | None) -> None:
     """The first lines of a run: what is trained on what, how, and where it goes."""
     config, device = run.config, run.ranks.device
     weights = sum(p.numel() for p in run.model.parameters())
     classes = f", {len(run.source.classes)} classes" if run.source.classes else ""
-    say(f"run      {run.run_dir}" + (f", resumed from {found}" if found else ""))
+    for path, aside in checkpoint.set_aside(found.damaged).items() if found else ():
+        say(f"warning  {path} is damaged, so an older checkpoint is used; it is kept as {aside}")
+    say(f"run      {run.run_dir}" + (f", resumed from {found.path}" if found else ""))
     used = f"{config.max_images} of " if 0 < config.max_images < len(run.source) else ""
     say(f"data     {config.data}: {used}{len(run.source)} images{classes}")
     say(
@@ -225,7 +292,13 @@ def identity(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run) -> None:
-    """Writes a checkpoint, the exported model and the list of skipped images."""
+    """Writes a checkpoint, the exported model and the list of skipped images.
+
+    Raises:
+        OSError: If that cannot be done; earlier checkpoints are still there.
+    """
+    if run.directory is not None:
+        run.directory.ensure()
     if run.loader.skipped:
         name = "skipped.txt" if run.ranks.is_main else f"skipped-{run.ranks.rank}.txt"
         lines = "".join(f"{image}\t{reason}\n" for image, reason in run.loader.skipped)
@@ -244,18 +317,26 @@ def save(run: Run) -> None:
         "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     checkpoint.save(run.run_dir, run.step, state, run.config.keep_checkpoints)
+    export(run)
+
+
+def export(run: Run) -> None:
+    """Writes the model as it is used and evaluated."""
     weights = run.average.weights if run.average else run.model.state_dict()
     saved.export(run.run_dir, weights, saved.describe(run.config, run.model, run.step))
 
 
-def restore(run: Run, state: dict[str, Any]) -> None:
+def restore(run: Run, state: dict[str, Any]) -> str:
     """Puts a run where a checkpoint left it.
+
+    Returns:
+        What follows from a longer plan than the checkpoint's, "" for the same plan.
 
     Raises:
         ValueError: If the configuration is another one.
     """
-    checkpoint.compare(state["identity"], identity(run))
     run.step = state["step"]
+    extended = extension(run, state["identity"])
     run.model.load_state_dict(state["model"])
     run.loss.load_state_dict(state["loss"])
     run.optimizer.load_state_dict(state["optimizer"])
@@ -268,3 +349,28 @@ def restore(run: Run, state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(rng, i)
     else:
         torch.manual_seed(run.config.seed + 7919 * run.ranks.rank + run.step)
+    return extended
+
+
+def extension(run: Run, before: dict[str, Any]) -> str:
+    """What a longer plan than that of a checkpoint means, "" for the same plan.
+
+    Raises:
+        ValueError: If anything else than the length of the run has changed, or it got shorter.
+    """
+    now = identity(run)
+    planned = before["max_steps"] or before["epochs"] * run.steps_per_epoch
+    longer = checkpoint.changes(before, now).keys() <= {"epochs", "max_steps"}
+    if not longer or planned > run.total_steps:
+        checkpoint.compare(before, now)
+    if planned >= run.total_steps:
+        return ""
+    old, new = (
+        learning_rate(run.config.optim, run.step, n, run.steps_per_epoch, run.config.batch_size)
+        for n in (planned, run.total_steps)
+    )
+    return (
+        f"extended from {planned} to {run.total_steps} steps: the {run.config.optim.schedule} "
+        f"schedule now runs over all of them, so the learning rate at step {run.step} changes from "
+        f"{old:.3g} to {new:.3g}; the result is not that of a run planned this long from the start"
+    )
