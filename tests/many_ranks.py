@@ -76,13 +76,13 @@ def recipe(loss: str, bags: str) -> dict:
 
 
 def arguments(folder: Path, options: dict, data: str, run_dir: Path) -> list[str]:
-    path = folder / f"{run_dir.name}.yaml"
+    path = folder / f"{run_dir.name}-{os.getpid()}.yaml"  # each process writes its own
     path.write_text(yaml.safe_dump(options))
     return ["--config", str(path), "--data", data, "--run_dir", str(run_dir)]
 
 
 def read(folder: Path, options: dict) -> Config:
-    path = folder / "options.yaml"
+    path = folder / f"options-{os.getpid()}.yaml"
     path.write_text(yaml.safe_dump(options))
     return cli.load(path)
 
