@@ -21,7 +21,7 @@ RECIPE_FOLDERS = (PACKAGE.parent / "configs", PACKAGE / "recipes")
 # What may differ between a run and its resumption: paths, reporting, speed and what trouble does,
 # never the result of a run without trouble.
 FREE_KEYS = re.compile(
-    r"data|test_data|labels|name|run_dir|resume|overwrite|device|threads|on_nonfinite|"
+    r"data|test_data|labels|name|run_dir|resume|overwrite|device|threads|on_nonfinite|ranks_timeout|"
     r"log_every|checkpoint_every|keep_checkpoints|tensorboard|compile|cuda_graph|impl|"
     r"loader\.(num_threads|batches_ahead|views)|eval\..*"
 )

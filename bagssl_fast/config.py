@@ -220,6 +220,8 @@ class Config:
             evaluated; 0 for none.
         on_nonfinite: What a loss or gradient does that is not finite: stop ends the run; skip
             leaves out the step, and stops after ten in a row (on CUDA with a copy of the state).
+        ranks_timeout: Minutes that a process waits for the others before it ends the job, which has
+            lost one of them then; longer than a checkpoint takes to be written.
         log_every: Steps between two lines of metrics.jsonl.
         checkpoint_every: Epochs between two checkpoints, a fraction allowed; 0 only at the end.
         keep_checkpoints: Checkpoints to keep, the newest ones, at least 2: one may be damaged.
@@ -258,6 +260,7 @@ class Config:
     sync_bn: bool = False
     ema: float = 0.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    ranks_timeout: float = 10.0
     log_every: int = 20
     checkpoint_every: float = 1.0
     keep_checkpoints: int = 2
@@ -343,6 +346,11 @@ def check(config: Config) -> None:
         )
     if not 0.0 <= c.ema < 1.0:
         raise ValueError(f"--ema {c.ema}: the decay must be in [0, 1), 0 for no average")
+    if not 0.0 < c.ranks_timeout < float("inf"):
+        raise ValueError(
+            f"--ranks_timeout {c.ranks_timeout}: minutes to wait for other processes, must be "
+            "greater than 0"
+        )
     if c.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard true needs a package: pip install tensorboard")
     check_eval(c.eval)

@@ -84,18 +84,9 @@ def end_soon(stop: Stopped) -> threading.Timer:
     return timer
 
 
-@contextlib.contextmanager
-def errors_end(code: int, skip: str = "") -> Iterator[None]:
-    """Errors that a user can fix end the program with this code and one line.
-
-    Args:
-        code: The exit code.
-        skip: What a command calls the library's `on_error="skip"`.
-    """
-    try:
-        yield
-    except (ValueError, OSError, Failed) as error:
-        end(str(error).replace('on_error="skip"', skip or 'on_error="skip"'), code)
+def one_line(message: str) -> str:
+    """A message without line breaks."""
+    return re.sub(r"\s*\n\s*", " ", message)
 
 
 def end(message: str, code: int) -> NoReturn:
@@ -106,10 +97,26 @@ def end(message: str, code: int) -> NoReturn:
     """
     if not _speaks():
         time.sleep(PATIENCE)
-    one_line = re.sub(r"\s*\n\s*", " ", message)
-    sys.stderr.write(f"error: {one_line}\n")
+    sys.stderr.write(f"error: {one_line(message)}\n")
     sys.stderr.flush()
     raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def errors_end(
+    code: int, skip: str = "", end: Callable[[str, int], NoReturn] = end
+) -> Iterator[None]:
+    """Errors that a user can fix end the program with this code and one line.
+
+    Args:
+        code: The exit code.
+        skip: What a command calls the library's `on_error="skip"`.
+        end: Prints the line and ends the program.
+    """
+    try:
+        yield
+    except (ValueError, OSError, Failed) as error:
+        end(str(error).replace('on_error="skip"', skip or 'on_error="skip"'), code)
 
 
 def _speaks() -> bool:

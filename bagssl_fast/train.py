@@ -60,15 +60,16 @@ def main(argv: Sequence[str]) -> None:
     from bagssl_fast.training.loop import train
     from bagssl_fast.training.run import prepare
 
+    with errors_end(WRONG_USAGE, SKIP):
+        me = ranks.start(config.device, 60 * config.ranks_timeout)
     try:
-        with errors_end(WRONG_USAGE, SKIP):
-            me = ranks.start(config.device)
-            run = prepare(config, me)
-        # Before the group is left: the others would fail at that, and torchrun end this process.
-        with contextlib.closing(run), errors_end(FAILED, SKIP):
-            train(run)
+        with errors_end(FAILED, SKIP, me.end), me.together():
+            with errors_end(WRONG_USAGE, SKIP, me.end):
+                run = prepare(config, me)
+            with contextlib.closing(run):
+                train(run)
     finally:
-        ranks.stop()
+        ranks.stop(me)
     if not me.is_main:
         return
     say(f"finished: {run.run_dir}, step {run.step} of {run.total_steps}")

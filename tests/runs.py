@@ -44,12 +44,15 @@ PATCHES = {
 
 @pytest.fixture
 def tiny_images(tmp_path):
+    return write_tiny_images(tmp_path / "images.npz")
+
+
+def write_tiny_images(path):
     """33 noisy images of 3 classes: an epoch drops the last one."""
     rng = np.random.default_rng(0)
     labels = np.arange(33) % 3
     base = rng.integers(0, 255, (3, 16, 16, 3))
     pixels = np.clip(base[labels] + rng.integers(-40, 40, (33, 16, 16, 3)), 0, 255)
-    path = tmp_path / "images.npz"
     np.savez(path, images=pixels.astype(np.uint8), labels=labels)
     return path
 

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+from bagssl_fast import exits
+from bagssl_fast.distributed.watch import Watch, failed_collective
 
 CPU = torch.device("cpu")
 
@@ -27,12 +30,14 @@ class Ranks:
         world_size: Number of processes.
         device: Device of this process.
         group: The group of all processes, None when there is one.
+        watch: Knows what became of the others, None when there is one process.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = CPU
     group: ProcessGroup | None = None
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -66,6 +71,41 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
+    def wait(self) -> None:
+        """Waits until every process is here."""
+        self.total([0.0])
+
+    def end(self, message: str, code: int) -> NoReturn:
+        """Ends this process for an error: one line on the screen of the first one.
+
+        Raises:
+            SystemExit: With the code.
+        """
+        if self.watch is None:
+            exits.end(message, code)
+        self.watch.end(message)
+        raise SystemExit(code)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around work with collectives.
+
+        Raises:
+            PeerLost: For a collective that failed because another process left or hangs.
+        """
+        try:
+            yield
+        except Exception as error:
+            # Those a user can fix are told by `end`.
+            if self.watch is None or isinstance(
+                error, ValueError | OSError | exits.Failed | exits.Stopped
+            ):
+                raise
+            if failed_collective(error):
+                raise self.watch.lost(error) from None
+            self.watch.report(error)
+            raise
+
 
 def pick_device(option: str, local_rank: int = 0) -> torch.device:
     """The device that `--device auto|cpu|cuda` means for one process.
@@ -87,8 +127,12 @@ def pick_device(option: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start(device_option: str) -> Ranks:
+def start(device_option: str, timeout: float) -> Ranks:
     """Joins the processes that torchrun started (gloo on the CPU, nccl on CUDA), if any.
+
+    Args:
+        device_option: auto, cpu or cuda.
+        timeout: Seconds that a process waits for the others.
 
     Raises:
         ValueError: If the device is not there.
@@ -101,14 +145,21 @@ def start(device_option: str) -> Ranks:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return Ranks(device=device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     if dist.get_world_size() == 1:
         return Ranks(device=device)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    watch = Watch(rank, world_size, store, timeout)
+    return Ranks(rank, world_size, device, dist.group.WORLD, watch)
 
 
-def stop() -> None:
+def stop(me: Ranks) -> None:
     """Leaves the group."""
+    if me.watch is not None:
+        me.watch.close()
+        if me.watch.leaving.is_set():
+            return  # to take leave of processes that are gone may take for ever
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -182,6 +233,8 @@ class StopSignals:
         if leave is not None:
             raise leave(self.received)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: object, *more: object) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            # Whoever ends first makes torchrun send SIGTERM to the others, which end by themselves.
+            ending = error is not None and not self.alone
+            signal.signal(number, signal.SIG_IGN if ending else handler)

@@ -13,7 +13,7 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose training statistics are those of the rows of every rank together.
 
     Parameters and buffers have the names of `nn.BatchNorm2d`: checkpoints fit both. The statistics
-    are float32 whatever the input; every rank must hold equally many rows.
+    are float32, or float64 for such input; every rank must hold equally many rows.
     """
 
     group: ProcessGroup | None = None
@@ -27,9 +27,9 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or self.group is None:
             return super().forward(input)
         self._check_input_dim(input)
-        x = input.float()
+        x = input if input.dtype == torch.float64 else input.float()
         dims = [d for d in range(x.dim()) if d != 1]
-        count = torch.tensor([float(x.numel() // x.shape[1])], device=x.device)
+        count = x.new_tensor([float(x.numel() // x.shape[1])])
         total = all_reduce_sum(torch.cat([x.sum(dims), count]), self.group)
         n = total[-1].detach()
         shape = [1, -1] + [1] * (x.dim() - 2)
@@ -53,6 +53,14 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
             step = 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
         self.running_var.lerp_(var.to(self.running_var.dtype), step)
+
+
+def normalizes_by_batch(module: nn.Module) -> bool:
+    """Whether anything inside `module` normalizes by the statistics of a batch."""
+    return any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) or hasattr(m, "group")
+        for m in module.modules()
+    )
 
 
 def share_batch_norm(module: nn.Module, group: ProcessGroup) -> nn.Module:

@@ -62,6 +62,7 @@ class Guard:
             torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)
         )
         self.copies: list[Tensor] = []
+        self.kept_at = -1  # steps done when they were made
         self.rng, self.loss = torch.get_rng_state(), run.loss.state_dict()
 
     @torch.no_grad()
@@ -69,6 +70,7 @@ class Guard:
         """Copies what the step may spoil: before each step."""
         if self.on_host:
             self.rng, self.loss = torch.get_rng_state(), self.run.loss.state_dict()
+        self.kept_at = self.run.step
         if self.on_host or self.skip:
             tensors = self._at_risk()
             if len(tensors) != len(self.copies):  # an optimizer makes its state at the first step
@@ -103,9 +105,7 @@ class Guard:
         self.most = torch.maximum(self.most, self.in_a_row)
         if not self.on_host or not bool(self.bad):
             return True
-        run.loss.load_state_dict(self.loss)
-        torch._foreach_copy_(self._at_risk(), self.copies)
-        torch.set_rng_state(self.rng)
+        self.restore()
         what = self._culprits(patches)
         if not self.skip or int(self.most) >= MOST_IN_A_ROW:
             raise self._diverged(what)
@@ -113,6 +113,14 @@ class Guard:
             say(f"warning  step {run.step + 1} is left out, not finite: {what}")
         self.first.fill_(-1)
         return False
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Takes back what the forward pass of an unfinished step has changed; on a CPU."""
+        if self.on_host and self.kept_at == self.run.step:
+            self.run.loss.load_state_dict(self.loss)
+            torch._foreach_copy_(self._at_risk(), self.copies)
+            torch.set_rng_state(self.rng)
 
     @torch.no_grad()
     def undo(self) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from bagssl_fast.data import Batch, ImageBatch
 from bagssl_fast.data.feed import prefetch
 from bagssl_fast.distributed.ranks import StopSignals
-from bagssl_fast.exits import Failed, Stopped, end_soon
+from bagssl_fast.distributed.watch import PeerLost
+from bagssl_fast.exits import FAILED, Failed, Stopped, end_soon
 from bagssl_fast.terminal import say
 from bagssl_fast.training import checkpoint
 from bagssl_fast.training.cuda_graph import Computed, GraphedStep
@@ -33,7 +34,8 @@ def train(run: Run) -> None:
         Stopped: When a signal asked for it; the state is on disk.
         Diverged: When numbers are not finite; the last good state is on disk.
         ImageError: For a broken image, under on_error="raise"; the state is on disk.
-        Failed: If the last checkpoint cannot be written; the one before it is on disk.
+        Failed: If the last checkpoint cannot be written; the one before it is on disk. Or if
+            another process left; the state is on disk.
     """
     guard = Guard(run)
     reporter = Reporter(
@@ -45,9 +47,24 @@ def train(run: Run) -> None:
     run.forward.train()
     with StopSignals(alone=run.ranks.group is None) as stop, contextlib.closing(reporter):
         try:
-            steps(run, guard, reporter, stop)
+            with run.ranks.together():
+                steps(run, guard, reporter, stop)
+                run.ranks.wait()  # for the first one to have saved
         except Diverged as error:
-            raise Diverged(f"{error}; last good state: {save_if_good(run, guard)}") from None
+            message = f"{error}; last good state: {save_if_good(run, guard)}"
+            run.ranks.wait()
+            if not run.ranks.is_main:  # all processes stop for this, and the first one says so
+                raise SystemExit(FAILED) from None
+            raise Diverged(message) from None
+        except PeerLost:
+            if not run.ranks.is_main:
+                raise
+            guard.restore()
+            raise PeerLost(
+                f"the training ends at step {run.step} of {run.total_steps}; last good "
+                f"state: {save_if_good(run, guard)}; to resume, with any number of processes, give "
+                f"--run_dir {run.run_dir} --resume auto with the same options"
+            ) from None
 
 
 def steps(run: Run, guard: Guard, reporter: Reporter, stop: StopSignals) -> None:
@@ -92,7 +109,9 @@ def steps(run: Run, guard: Guard, reporter: Reporter, stop: StopSignals) -> None
         if due or asked or run.step % check_every == 0:
             guard.check(patches, weights=bool(due or asked))
         if asked and not last:
-            raise stopped(run, asked)
+            end = stopped(run, asked)
+            run.ranks.wait()  # whoever ends first makes torchrun end the others
+            raise end
         if due:
             save_or_say(run, last, save_every)
 

@@ -27,7 +27,7 @@ from bagssl_fast.data import (
     open_source,
 )
 from bagssl_fast.distributed.ranks import Ranks
-from bagssl_fast.distributed.sync_bn import share_batch_norm
+from bagssl_fast.distributed.sync_bn import normalizes_by_batch, share_batch_norm
 from bagssl_fast.files import write_atomic
 from bagssl_fast.losses import build_loss
 from bagssl_fast.models import saved
@@ -293,6 +293,12 @@ def log_summary(run: Run, found: checkpoint.Found | None) -> None:
     )
     say(f"device   {device} x {run.ranks.world_size}, {torch.get_num_threads()} threads")
     say(f"chosen   {run.choices}")
+    if run.ranks.group is not None and not config.sync_bn and normalizes_by_batch(run.model):
+        say(
+            f"norms    each of the {run.ranks.world_size} processes normalizes its own "
+            f"{config.batch_size // run.ranks.world_size} images of a batch, so the result depends "
+            "on their number; --sync_bn true shares the statistics"
+        )
     epochs = f"{run.total_steps / run.steps_per_epoch:.4g} epochs of {run.steps_per_epoch}"
     by = f" by --max_steps, not {config.epochs} by --epochs" if config.max_steps else ""
     say(f"steps    {run.step} of {run.total_steps} done: {epochs}{by}")
