@@ -206,11 +206,10 @@ class Config:
         max_images: Train on so many of the images, drawn by the seed; 0 takes all.
         seed: Seed of the initial weights, of the order of the images and of every bag.
         device: auto (CUDA where there is one), cpu or cuda.
-        precision: auto (bf16 on GPUs that compute it, and on CPUs that do and are faster by it,
-            which is timed at the start; else fp32), fp32, bf16 or fp16.
+        precision: fp32, bf16, fp16 or auto (bf16 on GPUs, and CPUs found faster by it; else fp32).
         channels_last: Keep convolution weights and patches channels-last.
-        compile: Compile the model with torch.compile: true, false or auto (runs of 1000 steps and
-            more, except for patchnet and ResNets on a CPU, whose ops it leaves as they are).
+        compile: Use torch.compile: true, false or auto (runs of 1000 steps and more, except for
+            patchnet and ResNets on a CPU, whose ops it leaves as they are).
         cuda_graph: Replay forward, loss and backward of a step as one CUDA graph: for steps of many
             small kernels, on one GPU. Not with losses that keep a state (sigreg).
         threads: CPU threads of torch; 0 takes every core this process may use.

@@ -194,9 +194,9 @@ def test_trials_leave_no_trace():
     """Batch statistics, the target network, the loss's step and the random state stay."""
     config = replace(tiny("patchnet"), head=HeadConfig(hidden=16, out=8, momentum=0.5))
     model, loss = build_model(config), build_loss("sigreg")
+    random = torch.get_rng_state()
     patches = example(config, Ranks(), torch.float32)
     before = copy.deepcopy([model.state_dict(), loss.state_dict()])
-    random = torch.get_rng_state()
     with no_trace(model, loss):
         for _ in range(2):
             assert trial(model, loss, patches, torch.float32) > 0

@@ -271,9 +271,14 @@ def distribute(model: BagModel, me: Ranks) -> nn.Module:
 
 
 def example(config: Config, me: Ranks, dtype: torch.dtype) -> Tensor:
-    """Random patches of the shape and memory of a rank's batches, for trials of a step."""
+    """Random patches of the shape and memory of a rank's batches, for trials of a step.
+
+    The global generators stay as they are: a run resumes with their state.
+    """
     size, batch = config.augment.size, config.batch_size // me.world_size
-    pixels = torch.rand((config.bag.patches, batch, size, size, 3), device=me.device)
+    generator = torch.Generator(me.device).manual_seed(0)
+    shape = (config.bag.patches, batch, size, size, 3)
+    pixels = torch.rand(shape, device=me.device, generator=generator)
     return pixels.to(dtype).permute(0, 1, 4, 2, 3)
 
 
