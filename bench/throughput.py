@@ -33,8 +33,9 @@ A turn is one pass over a few batches that begins and ends with an empty pipelin
 workers of one system neither disturb another's turn nor work ahead for the next. Turns of all
 systems are interleaved; figures are the median (p20, p80) over the rounds, ratios are computed
 round by round. OMP_WAIT_POLICY is PASSIVE for all: threads that spin while they wait would take
-cores from the workers. `memory` is the peak of a step above that of model, optimizer and library,
-without the workers.
+cores from the workers; and all keep freed memory for the next step, as `bagssl train` does and a
+script could (`bagssl_fast.machine`). `memory` is the peak of a step above that of model, optimizer
+and library, without the workers.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads its
 
 import torch
 
+from bagssl_fast import machine
 from baselines.step import Setup, System, cpu_seconds_of_workers
 from harness.cases import EVALUATION, TRAINING, Case, Images, prepare_images
 from harness.clock import PHASES, Laps, clock
@@ -368,6 +370,7 @@ def main(argv: Sequence[str] | None = None, systems: dict[str, Any] | None = Non
     """Runs the bench; returns 1 if a system is refused."""
     options = parse(argv, systems or SYSTEMS)
     torch.set_num_threads(options.threads)
+    machine.keep_freed_memory()
     with tempfile.TemporaryDirectory(prefix="throughput_") as work:
         bench = Bench(options, Path(work), systems)
         if options.scale:

@@ -45,6 +45,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 import throughput
+from bagssl_fast import machine
 from bagssl_fast.config import OptimConfig
 from bagssl_fast.evaluation.features import Plan, dense_bags, fold_batch_norm
 from bagssl_fast.evaluation.probes import knn_accuracy, linear_probe
@@ -308,6 +309,7 @@ def draw(done: Trainings, machine: str, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     o = parse(argv)
     torch.set_num_threads(o.threads)
+    machine.keep_freed_memory()
     report = Report("time_to_accuracy", o.threads)
     with tempfile.TemporaryDirectory(prefix="time_to_accuracy_") as work:
         for done in trainings(o, Path(work)):

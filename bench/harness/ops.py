@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bagssl_fast import machine
 from harness.common import OURS, Report, arguments, interleave
 from harness.memory import peak_memory
 
@@ -79,6 +80,7 @@ def main(
         names = "; ".join(case.id for case in cases)
         parser.error(f"--case {options.case}: no case's name contains this; the cases are {names}")
     torch.set_num_threads(options.threads)
+    machine.keep_freed_memory()  # for all providers, as our training does
     report = Report(bench, threads=options.threads)
     speeds = machine_speeds(report)
     for case in chosen:
