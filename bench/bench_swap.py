@@ -1,11 +1,11 @@
 """Other people's training before and after the swap: the same losses, seconds and memory.
 
 Each host trains twice, from the same weights on the same CIFAR-10 patches, with interleaved steps:
-unmodified, and with our components (`apply_to_*`). The loss curves must agree; a third training, of
-the unmodified host on patches that differ by one rounding, shows how far two may drift apart. Time
-is that of whole steps: forward, loss, backward, optimizer, without data. A host that is not
-installed is named and skipped; docs/swap-in.md describes how to get it. With a checkout of lightly,
-its own tests of the three losses run on our classes.
+unmodified, and with our losses (`apply_to_*`) or with its own backbone fused (`fuse`). The loss
+curves must agree; a third training, of the unmodified host on patches that differ by one rounding,
+shows how far two may drift apart. Time is that of whole steps: forward, loss, backward, optimizer,
+without data. A host that is not installed is named and skipped; docs/swap-in.md describes how to
+get it. With a checkout of lightly, its own tests of the three losses run on our classes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bagssl_fast.data import Threads
 from bagssl_fast.integrations.data import MultiCropLoader
 from harness.common import OURS, Report, Timing, arguments, timed
 from harness.memory import peak_memory
-from harness.swap_hosts import HOSTS, PIXELS, Host, Missing, Step, checkout, revision
+from harness.swap_hosts import HOSTS, Host, Missing, Step, checkout, revision
 
 AS_IT_IS = "the host as it is"
 CONTROL = "the host, one rounding off"
@@ -39,8 +39,8 @@ LIGHTLY_TESTS = ("vicreg_loss", "barlow_twins_loss", "vicregl_loss", "emp_ssl_lo
 
 
 def crops(source: str, host: Host, batches: int) -> list[list[Tensor]]:
-    """A few batches of P crops [B, 3, 16, 16]."""
-    augment = Augment(size=PIXELS)
+    """A few batches of P crops [B, 3, h, w]."""
+    augment = Augment(size=host.pixels)
     loader = MultiCropLoader(source, host.batch, host.patches, augment, threads=Threads(1))
     made: list[list[Tensor]] = []
     while len(made) < batches:
@@ -66,7 +66,8 @@ def train(
     runs = {}
     for name in providers:
         torch.manual_seed(0)
-        runs[name] = host.build(module)
+        with providers[name](module):
+            runs[name] = host.build(module)
     times: dict[str, list[Timing]] = {name: [] for name in providers}
     losses: dict[str, list[float]] = {name: [] for name in providers}
     for step in range(steps):

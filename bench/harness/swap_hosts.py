@@ -1,8 +1,9 @@
 """What bench_swap.py trains: each host's own loss, projector and optimizer on a small backbone.
 
 A host is available if its package is installed (lightly) or if `BAGSSL_HOSTS` names a folder with
-a checkout of it. The backbone is one linear layer over the patch's pixels: with a ResNet on a CPU,
-the backbone would take all the time of a step.
+a checkout of it. Where the loss is swapped, the backbone is one linear layer over the patch's
+pixels, as a ResNet on a CPU would take all the time of a step; where the host's own ResNet-18 is
+fused (`fuse`), the loss stays the host's.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -42,6 +44,7 @@ class Host:
     shape: str
     patches: int = 2
     batch: int = 128
+    pixels: int = PIXELS
 
 
 def checkout(name: str) -> Path:
@@ -89,6 +92,35 @@ def backbone() -> nn.Module:
     return nn.Sequential(nn.Flatten(), layer, nn.BatchNorm1d(FEATURES), nn.ReLU())
 
 
+def resnet(small_stem: bool) -> nn.Module:
+    """torchvision's ResNet-18, crops [B, 3, h, w] -> [B, 512], as the hosts' examples build it."""
+    net = imported("torchvision.models").resnet18()
+    if small_stem:  # as solo-learn's, for CIFAR
+        net.conv1 = nn.Conv2d(3, 64, 3, 1, 2, bias=False)
+        net.maxpool = nn.Identity()
+    net.fc = nn.Identity()
+    net = net.to(memory_format=torch.channels_last)
+    return _fuse(net)
+
+
+def _fuse(net: nn.Module) -> nn.Module:
+    """What is done to a host's backbone: nothing, or `fuse` within `apply_fuse`."""
+    return net
+
+
+@contextlib.contextmanager
+def apply_fuse(_: ModuleType) -> Iterator[None]:
+    """Models built within have a fused backbone; nothing else differs."""
+    global _fuse
+    from bagssl_fast.models.fused import fuse
+
+    before, _fuse = _fuse, fuse
+    try:
+        yield
+    finally:
+        _fuse = before
+
+
 def stepper(model: nn.Module, loss: Callable[..., Tensor], optimizer: Any) -> Step:
     """A training step; `loss` takes the crops."""
 
@@ -110,10 +142,12 @@ def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 # ---------------------------------------------------------------------------------------- lightly
 
 
-def lightly_pair(name: str, lr: float) -> Callable[[ModuleType], Step]:
+def lightly_pair(
+    name: str, lr: float, encoder: Callable[[], nn.Module] = backbone
+) -> Callable[[ModuleType], Step]:
     def build(loss: ModuleType) -> Step:
         heads = imported("lightly.models.modules.heads")
-        model = nn.Sequential(backbone(), heads.VICRegProjectionHead(FEATURES, 1024, 1024))
+        model = nn.Sequential(encoder(), heads.VICRegProjectionHead(FEATURES, 1024, 1024))
         criterion = getattr(loss, name)()
         return stepper(model, lambda crops: criterion(*(model(x) for x in crops)), sgd(model, lr))
 
@@ -175,7 +209,9 @@ def load_solo() -> ModuleType:
     return imported("solo.methods")
 
 
-def solo(name: str, **method_kwargs: float) -> Callable[[ModuleType], Step]:
+def solo(
+    name: str, encoder: Callable[[], nn.Module] = backbone, **method_kwargs: float
+) -> Callable[[ModuleType], Step]:
     def build(methods: ModuleType) -> Step:
         from omegaconf import OmegaConf
 
@@ -201,10 +237,10 @@ def solo(name: str, **method_kwargs: float) -> Callable[[ModuleType], Step]:
         cfg.data.num_small_crops = 0
         cls = methods.METHODS[name]
         model = cls(cls.add_and_assert_specific_cfg(cfg))
-        model.backbone = backbone()
-        labels = torch.zeros(128, dtype=torch.int64)
+        model.backbone = encoder()
 
         def value(crops: Sequence[Tensor]) -> Tensor:
+            labels = torch.zeros(len(crops[0]), dtype=torch.int64)
             return model.training_step([None, list(crops), labels], 0)
 
         return stepper(model, value, sgd(model, 1e-3))
@@ -285,5 +321,22 @@ HOSTS = {
         "8 crops, B 64, 768-512-1024-1024-512",
         8,
         64,
+    ),
+    "fuse in lightly VICReg": Host(
+        "",
+        lightly_pair("VICRegLoss", 1e-3, partial(resnet, small_stem=False)),
+        _lightly_loss,
+        apply_fuse,
+        "2 crops of 32x32, B 128, torchvision's ResNet-18, 512-1024-1024",
+        pixels=32,
+    ),
+    "fuse in solo-learn VICReg": Host(
+        "solo-learn",
+        solo("vicreg", partial(resnet, small_stem=True), **_WEIGHTS),
+        load_solo,
+        apply_fuse,
+        "2 crops of 32x32, B 16, ResNet-18 with solo-learn's stem for CIFAR, 512-1024-1024-1024",
+        batch=16,
+        pixels=32,
     ),
 }
