@@ -44,7 +44,7 @@ op_tests=(
 )
 other_tests=(
   tests/test_bad_files.py tests/test_changing_files.py tests/test_damaged_sets.py
-  tests/test_decoding.py
+  tests/test_decoding.py tests/test_hostile_files.py
   tests/test_device_views.py tests/test_fused.py tests/test_integrations_data.py
   tests/test_limits.py tests/test_pack.py tests/test_simd.py tests/test_sources.py
   tests/test_view_params.py

@@ -93,7 +93,7 @@ def steps(config: Config, me: ranks.Ranks, dtype: torch.dtype, count: int) -> di
     model = build_model(config).to(dtype)
     if me.group is not None:
         share_batch_norm(model, me.group)
-    forward = distribute(model, config, me).train()
+    forward = distribute(model, me).train()
     loss_function = build_loss(config.loss.name, group=me.group, **config.loss.options)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(weights, lr=0.02)
