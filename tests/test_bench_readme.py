@@ -33,7 +33,7 @@ def test_check_says_that_it_is_out_of_date_and_changes_nothing(
     assert readme.main([]) == 0
     after = (root / "README.md").read_text()
     assert after.startswith("a\n<!-- performance -->\nMeasured side by side")
-    assert after.endswith("|\n<!-- /performance -->\nb\n")
+    assert after.count("\n| ") > 10 and after.endswith("\n<!-- /performance -->\nb\n")
     assert readme.main(["--check"]) == 0
 
 
