@@ -25,6 +25,7 @@ from mutate import mutated
 
 HERE = Path(__file__).parent
 HANG_SECONDS = 30
+START_SECONDS = 300  # until the first execution: a busy machine imports slowly
 
 
 def main() -> int:
@@ -115,8 +116,9 @@ def run_child(name, options, first, left, count, counter_file, counter) -> str:
     command += ["--engine", options.engine, "--out", str(options.out)]
     if count is not None:
         command += ["--executions", str(count)]
+    counter[:] = first.to_bytes(8, "little") + bytes(8)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    seen, since = -1, time.monotonic()
+    seen, since = 0, time.monotonic()
     while True:
         try:
             _, errors = process.communicate(timeout=1)
@@ -125,10 +127,11 @@ def run_child(name, options, first, left, count, counter_file, counter) -> str:
             now = int.from_bytes(counter[8:], "little")
             if now != seen:
                 seen, since = now, time.monotonic()
-            elif time.monotonic() - since > HANG_SECONDS:
+            limit = HANG_SECONDS if seen else START_SECONDS
+            if time.monotonic() - since > limit:
                 process.kill()
                 process.communicate()
-                return f"no end within {HANG_SECONDS} s"
+                return f"no end within {limit} s"
     if process.returncode == 0:
         return ""
     lines = [line for line in errors.strip().splitlines() if "^^^" not in line]
