@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,9 @@ def load(path: str | os.PathLike[str]) -> Config:
     return resolve(Config(**parser.read([f"--config={os.fspath(path)}"])))
 
 
+_OPTIONAL_SECTIONS = {field.name for field in fields(Config) if field.default is None}
+
+
 def check_keys(parser: Parser, path: Path) -> None:
     """Refuses a yaml file with keys that are not options.
 
@@ -82,6 +85,9 @@ def check_keys(parser: Parser, path: Path) -> None:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected options by name, such as `epochs: 10`")
     for key in _keys(parser, content):
+        is_section = any(name.startswith(f"{key}.") for name in parser.types)
+        if is_section and not (content.get(key) is None and key in _OPTIONAL_SECTIONS):
+            raise ValueError(f"{path}: {key} has no options; give some, or leave the line out")
         try:
             parser.check_name(key, "null")
         except ValueError as error:

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 from pictures import jpeg, noise, write_tar
 
 import bagssl_fast
+from bagssl_fast import cli
 from bagssl_fast.data import open_source
+from bagssl_fast.models.bag_model import build_model
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +172,27 @@ def test_index_that_would_grow_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("names.npy", bytes(50 << 20))
     assert open_source(tar).classes == ["x", "y", "z"]
+
+
+# Files of a run
+
+
+@pytest.mark.parametrize("value", ["", " 5", " [1]"])
+def test_a_section_without_options_is_refused_by_name(tmp_path, value):
+    """Guards jsonargparse's TypeError about functools.partial."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"data: demo\nbag:{value}\n")
+    with pytest.raises(ValueError, match=r"config\.yaml: bag has no options"):
+        cli.load(path)
+
+
+def test_an_unknown_head_is_refused_by_name():
+    config = cli.parse(["--data", "demo"])
+    other = replace(config, head=replace(config.head, name="projuctor"))
+    with pytest.raises(
+        ValueError, match=r"head\.name is 'projuctor', expected one of projector, emp"
+    ):
+        build_model(other)
 
 
 # Labels

@@ -166,6 +166,8 @@ def build_model(config: Config, pretrained: bool | None = None) -> BagModel:
     # A projector reads the part of the embedding that is trained, EMP-SSL's head all of it.
     dim = backbone.head_dim if head.name == "projector" else backbone.feature_dim
     heads: dict[str, type[Projector] | type[EMPHead]] = {"projector": Projector, "emp": EMPHead}
+    if head.name not in heads:
+        raise ValueError(f"head.name is {head.name!r}, expected one of {', '.join(heads)}")
     options = dict(head.options)
     if head.name == "projector":
         options["num_layers"] = head.num_layers
