@@ -1,6 +1,7 @@
 """Files that somebody made to harm the reader: pickles, index caches, labels; and the ways in."""
 
 import ast
+import io
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ import pytest
 from pictures import jpeg, noise, write_tar
 
 import bagssl_fast
-from bagssl_fast import cli
+from bagssl_fast import _C, cli
 from bagssl_fast.data import open_source
 from bagssl_fast.models.bag_model import build_model
 
@@ -98,6 +99,43 @@ def test_a_pickle_leaves_nothing_behind_for_the_next(tmp_path):
     assert len(open_source(tmp_path)) == 10
 
 
+def cifar(folder: Path, batch) -> Path:
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Calls(np.ndarray, (4,), "O", b"\x41" * 32),
+        Calls(np.ndarray, (4,), "u1", b"\x41" * 32),
+        Calls(np.dtype, "O"),
+        np.array([None, None], object),
+        np.zeros((4, 3072), np.float64),
+        np.zeros((4, 100), np.uint8),
+        np.zeros((5, 3072), np.uint8),
+        [1, 2],
+    ],
+    ids=["address", "ndarray", "dtype", "objects", "floats", "size", "count", "list"],
+)
+def test_pickles_of_anything_but_pixels_are_refused(tmp_path, data):
+    folder = cifar(tmp_path, {"data": data, "labels": [0, 1, 2, 3]})
+    with pytest.raises(ValueError, match="data_batch_1: not a CIFAR batch"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("cut", [1, 50, 2000])
+def test_damaged_pickles_are_named(tmp_path, cut):
+    batch = {"data": np.zeros((4, 3072), np.uint8), "labels": [0, 1, 2, 3]}
+    cifar(tmp_path, batch)
+    assert len(open_source(tmp_path)) == 20
+    whole = (tmp_path / "data_batch_3").read_bytes()
+    (tmp_path / "data_batch_3").write_bytes(whole[cut:])
+    with pytest.raises(ValueError, match="data_batch_3: not a CIFAR batch"):
+        open_source(tmp_path)
+
+
 # Cached indices
 
 
@@ -123,10 +161,14 @@ def meta(**changes) -> np.ndarray:
 
 CHANGES = {
     "an offset behind the end": {"offsets": np.array([0, 10, 1 << 40])},
+    "a negative offset": {"offsets": np.array([0, -512, 0])},
     "a negative size": {"sizes": np.array([1, -1, 1])},
+    "a size of 2^62": {"sizes": np.array([10, 2**62, 10])},
     "sizes that overflow": {"sizes": np.array([1, 1, 2**63 - 1]), "offsets": np.array([0, 0, 9])},
     "too few offsets": {"offsets": np.array([0])},
+    "too few sizes": {"sizes": np.array([10])},
     "floats": {"offsets": np.array([0.0, 1.0, 2.0])},
+    "fractions": {"offsets": np.array([0.5, 0.5, 0.5])},
     "names that end behind the block": {"name_ends": np.array([1, 2, 4000])},
     "names in reverse": {"name_ends": np.array([9, 3, 21])},
     "a label without a class": {"labels": np.array([0, 1, 7])},
@@ -138,22 +180,32 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("kind", CHANGES)
+def unknown_compression(data: bytearray) -> None:
+    for place in (data.find(b"PK\3\4") + 8, data.find(b"PK\1\2") + 10):
+        data[place] = 77
+
+
+def cleared(data: bytearray) -> None:
+    data[60:90] = bytes(30)
+
+
+@pytest.mark.parametrize("kind", [*CHANGES, unknown_compression, cleared])
 def test_index_in_doubt_is_made_again(tmp_path, kind):
     tar, file = cached_index(tmp_path)
-    whole = file.read_bytes()
-    rewrite(file, **CHANGES[kind])
+    first, whole = open_source(tar), file.read_bytes()
+    if kind in CHANGES:
+        rewrite(file, **CHANGES[kind])
+    else:
+        data = bytearray(whole)
+        kind(data)
+        file.write_bytes(data)
     source = open_source(tar)
     assert source.classes == ["x", "y", "z"] and source.name(2).endswith("set.tar/z/a.jpg")
+    assert source.fingerprint == first.fingerprint and source.read(1) == first.read(1)
     assert source.decode(2).shape == (20, 26, 3)
+    assert _C.index_tar(os.fsencode(tar))["damage"] == ""
     with np.load(file) as again:  # the next opening is quick again
-        assert again["offsets"].tolist() == np.load(_as_file(tmp_path, whole))["offsets"].tolist()
-
-
-def _as_file(folder: Path, content: bytes) -> Path:
-    path = folder / "whole.npz"
-    path.write_bytes(content)
-    return path
+        assert again["offsets"].tolist() == np.load(io.BytesIO(whole))["offsets"].tolist()
 
 
 def test_index_with_a_broken_zip_entry_is_made_again(tmp_path):
@@ -198,20 +250,25 @@ def test_an_unknown_head_is_refused_by_name():
 # Labels
 
 
-@pytest.mark.parametrize("text", ["5000000", "9" * 18])
-def test_a_class_number_does_not_make_millions_of_names(tmp_path, text):
+@pytest.mark.parametrize("label", [5_000_000, 10**18 - 1, 2**63 - 1, 10**30])
+def test_a_class_number_does_not_make_millions_of_names(tmp_path, label):
     image = jpeg(noise(1)[0])
-    members = [("a.jpg", image), ("a.cls", text.encode()), ("b.jpg", image), ("b.cls", b"0")]
+    members = [("a.jpg", image), ("a.cls", str(label).encode()), ("b.jpg", image), ("b.cls", b"0")]
     tar = write_tar(tmp_path / "set.tar", members)
-    with pytest.raises(ValueError, match=f'label {text}: .* without gaps.*labels="none"'):
+    refusal = rf'label {label}: .* without gaps.*ignore them \(labels="none"\)'
+    with pytest.raises(ValueError, match=refusal):
         open_source(tar)
-    assert open_source(tar, labels="none").classes is None
+    ignored = open_source(tar, labels="none")
+    assert ignored.classes is None and ignored.labels is None
+    if label < 2**63:
+        with pytest.raises(ValueError, match=refusal):
+            open_source(np.zeros((2, 4, 4, 3), np.uint8), labels=[0, label])
 
 
-@pytest.mark.parametrize("label", [5_000_000, 2**63 - 1])
-def test_a_label_of_an_array_does_not_make_millions_of_names(label):
-    with pytest.raises(ValueError, match=f"label {label}: .* without gaps"):
-        open_source(np.zeros((2, 4, 4, 3), np.uint8), labels=[0, label])
+def test_a_long_class_member_is_refused(tmp_path):
+    members = [("0.jpg", jpeg(noise(1)[0])), ("0.cls", b"7" * 5000)]
+    with pytest.raises(ValueError, match=r"set\.tar.*\.cls member of 5000 bytes"):
+        open_source(write_tar(tmp_path / "set.tar", members))
 
 
 # The ways in
