@@ -237,8 +237,7 @@ def test_a_nan_stays_a_nan(simd_level):
         assert ops.relu_mean(block(given, training=False))[0].isnan().all()
 
 
-def test_the_same_bits_with_any_number_of_threads(monkeypatch, simd_level):
-    x, blocks = images(300, 3, 16, 16), chain_of(PATCHNET)
+def check_same_bits(monkeypatch: Any, x: Activation, blocks: list[Block]) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     first = both(x, blocks)[0]
     for threads in (2, 3, 8):
@@ -247,19 +246,23 @@ def test_the_same_bits_with_any_number_of_threads(monkeypatch, simd_level):
             assert torch.equal(value, first[name]), (threads, name)
 
 
-def test_everything_is_written_and_nothing_beside_it(simd_level):
-    n, c, m, side = 5, 7, 19, 6
-    block = Block(c, m, 3, 1, 1).to(torch.float32)
-    x, dy = normal(n, side, side, c).float(), normal(n, side, side, m, seed=1).float()
+def test_the_same_bits_with_any_number_of_threads(monkeypatch, simd_level):
+    check_same_bits(monkeypatch, images(300, 3, 16, 16), chain_of(PATCHNET))
+
+
+def check_written(n: int, c: int, m: int, height: int, width: int) -> None:
+    """A padded 3x3 block writes all of its results and nothing before or behind them."""
+    weight = Block(c, m, 3, 1, 1).weight.float().detach().numpy()
+    x, dy = normal(n, height, width, c).float(), normal(n, height, width, m, seed=1).float()
 
     def poisoned(*shape: int) -> Tensor:
         return torch.full((shape[0] + 2, *shape[1:]), float("nan"))
 
-    y, dx, dweight = poisoned(n, side, side, m), poisoned(n, side, side, c), poisoned(m, c, 3, 3)
-    vectors = [torch.full((k + 2,), float("nan")) for k in (m, m, c, c)]
+    y, dx = poisoned(n, height, width, m), poisoned(n, height, width, c)
+    dweight = poisoned(m, c, 3, 3)
+    vectors = [poisoned(k) for k in (m, m, c, c)]
     mean, var, dscale, dshift = (v[1:-1].numpy() for v in vectors)
     reader = [v.float().numpy() for v in deferred(images(1, c, 1, 1))[1:]]
-    weight = block.weight.detach().numpy()
     _C.conv_bn_relu(x.numpy(), *reader, weight, 1, 1, y[1:-1].numpy(), mean, var, 2)
     _C.conv_bn_relu_backward(
         dy.numpy(), y[1:-1].numpy(), mean, mean, var, x.numpy(), *reader, weight, 1, 1,
@@ -267,6 +270,10 @@ def test_everything_is_written_and_nothing_beside_it(simd_level):
     )  # fmt: skip
     for written in (y, dx, dweight, *vectors):
         assert written[[0, -1]].isnan().all() and written[1:-1].isfinite().all()
+
+
+def test_everything_is_written_and_nothing_beside_it(simd_level):
+    check_written(5, 7, 19, 6, 6)
 
 
 def test_only_what_needs_a_gradient_gets_one():

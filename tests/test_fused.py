@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tolerances import assert_matches
+from tolerances import assert_compiles_whole, assert_matches
 from torch import Tensor, nn
 
 from bagssl_fast import ops
@@ -159,11 +159,4 @@ def test_patchnet_keeps_no_activation_that_is_normalized():
 
 def test_patchnet_compiles_whole():
     net = PatchNet(16, width=16, hypercolumn=True).to(memory_format=torch.channels_last)
-    compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
-    x = pictures()
-    expected, actual = net(x), compiled(x)
-    torch.testing.assert_close(actual, expected)
-    expected.sum().backward()
-    actual.sum().backward()
-    for (name, p), q in zip(net.named_parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, msg=name)
+    assert_compiles_whole(net, pictures())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tolerances import assert_matches
+from tolerances import assert_compiles_whole, assert_matches
 from torch import Tensor, nn
 
 from bagssl_fast.distributed.sync_bn import SharedBatchNorm, share_batch_norm
@@ -185,11 +185,4 @@ def test_timms_other_ways_through_the_network():
 
 def test_a_fused_resnet_compiles_whole():
     net = fuse(build("torchvision 18, small stem"))
-    compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
-    x = pictures()
-    expected, actual = net(x), compiled(x)
-    torch.testing.assert_close(actual, expected)
-    expected.sum().backward()
-    actual.sum().backward()
-    for (name, p), q in zip(net.named_parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, msg=name)
+    assert_compiles_whole(net, pictures())

@@ -2,12 +2,20 @@
 
 import pytest
 import torch
-from test_conv_bn_relu import Block, both, check, deferred, images, leaf, normal
+from test_conv_bn_relu import (
+    Block,
+    both,
+    check,
+    check_same_bits,
+    check_written,
+    deferred,
+    images,
+    leaf,
+    normal,
+)
 from tolerances import assert_matches
-from torch import Tensor
 
 from bagssl_fast import ops
-from bagssl_fast._extension import _C
 from bagssl_fast.ops import Deferred
 
 # N, C, M, padding, H, W: tiles are 4x4, panels 32, 16 and 8 channels, pieces of sums 128 steps,
@@ -74,37 +82,13 @@ def test_a_nan_stays_a_nan(simd_level):
 
 
 def test_the_same_bits_with_any_number_of_threads(monkeypatch, simd_level):
-    for shape in SHAPES[:4]:
-        n, c, m, padding, height, width = shape
-        x, blocks = deferred(images(n, c, height, width)), [block_of(c, m, padding)]
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        first = both(x, blocks)[0]
-        for threads in (2, 3, 8):
-            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            for name, value in both(x, blocks)[0].items():
-                assert torch.equal(value, first[name]), (shape, threads, name)
+    for n, c, m, padding, height, width in SHAPES[:4]:
+        x = deferred(images(n, c, height, width))
+        check_same_bits(monkeypatch, x, [block_of(c, m, padding)])
 
 
 def test_everything_is_written_and_nothing_beside_it(simd_level):
-    n, c, m, height, width = 9, 37, 45, 7, 9
-    x, dy = normal(n, height, width, c).float(), normal(n, height, width, m, seed=1).float()
-
-    def poisoned(*shape: int) -> Tensor:
-        return torch.full((shape[0] + 2, *shape[1:]), float("nan"))
-
-    y, dx = poisoned(n, height, width, m), poisoned(n, height, width, c)
-    dweight = poisoned(m, c, 3, 3)
-    vectors = [torch.full((k + 2,), float("nan")) for k in (m, m, c, c)]
-    mean, var, dscale, dshift = (v[1:-1].numpy() for v in vectors)
-    reader = [v.float().numpy() for v in deferred(images(1, c, 1, 1))[1:]]
-    weight = block_of(c, m, 1).weight.float().numpy()
-    _C.conv_bn_relu(x.numpy(), *reader, weight, 1, 1, y[1:-1].numpy(), mean, var, 2)
-    _C.conv_bn_relu_backward(
-        dy.numpy(), y[1:-1].numpy(), mean, mean, var, x.numpy(), *reader, weight, 1, 1,
-        dx[1:-1].numpy(), dscale, dshift, dweight[1:-1].numpy(), 2,
-    )  # fmt: skip
-    for written in (y, dx, dweight, *vectors):
-        assert written[[0, -1]].isnan().all() and written[1:-1].isfinite().all()
+    check_written(9, 37, 45, 7, 9)
 
 
 def test_only_what_needs_a_gradient_gets_one():

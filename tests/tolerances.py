@@ -1,4 +1,4 @@
-"""How far from the float64 reference an implementation may be, and the comparison itself.
+"""How far from the float64 reference an implementation may be, and the comparisons themselves.
 
 A result passes if every element is within `rtol * |expected| + floor * max|expected|` and the whole
 is within `vector` in relative L2. `rtol` is the rounding of the result's own dtype, `floor` and
@@ -6,10 +6,11 @@ is within `vector` in relative L2. `rtol` is the rounding of the result's own dt
 Loosening an entry is a change of its own.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Tolerance(NamedTuple):
@@ -48,3 +49,14 @@ def assert_matches(
     )
     relative = float((actual - expected).norm() / expected.norm().clamp_min(NOTHING))
     assert relative <= vector, f"{name}: relative L2 error {relative:.2e} > {vector:.2e}"
+
+
+def assert_compiles_whole(net: nn.Module, x: Tensor) -> None:
+    """Without a graph break, and with the values and gradients of the network as it is."""
+    compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
+    expected, actual = net(x), compiled(x)
+    torch.testing.assert_close(actual, expected)
+    expected.sum().backward()
+    actual.sum().backward()
+    for (name, p), q in zip(net.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)

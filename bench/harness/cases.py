@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +183,3 @@ def prepare_images(corpus: str, data: Path, count: int, work: Path) -> Images:
     with tarfile.open(folder / "images.tar", "w") as out:
         out.add(folder / "files", arcname=".")
     return Images(str(folder / "images.tar"), None, tuple(files), tuple(classes))
-
-
-Preparer = Callable[[str, int], Images]

@@ -47,17 +47,7 @@ add_relu_forward = torch.library.custom_op(
 
 
 @add_relu_forward.register_fake
-def _(
-    y: Tensor,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    identity: Tensor,
-    identity_center: Tensor | None,
-    identity_scale: Tensor | None,
-    identity_shift: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def _(y: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(y, memory_format=torch.channels_last)
 
 
