@@ -25,6 +25,7 @@ from bagssl_fast.evaluation.features import (
     dense_stride,
     extract,
 )
+from bagssl_fast.evaluation.measure import new_name
 from bagssl_fast.evaluation.probes import RIDGE_GRID, knn_accuracy, linear_probe
 from bagssl_fast.models.bag_model import BagModel, build_model
 
@@ -322,6 +323,14 @@ class TestRun:
         assert evaluate.main([str(run_dir), *first, *other, "--out", str(out)]) == 0
         assert (out / "eval.json").is_file() and (out / "eval.png").is_file()
         assert (run_dir / "eval.json").read_bytes() == before
+
+    def test_names_of_one_second_sort_in_the_order_they_were_made(self, tmp_path):
+        """`-2.json` sorts before `.json`: the earlier evaluation was taken for the later one."""
+        made = []
+        for _ in range(30):
+            made.append(new_name(tmp_path, ".json"))
+            made[-1].touch()
+        assert sorted(tmp_path.glob("*.json")) == made
 
     def test_no_older_picture_stays_beside_a_new_table(self, run_dir):
         first = [str(run_dir), "--patches", "1", "--random", "false"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import time
@@ -153,7 +152,7 @@ def carry_out(this: Evaluation) -> dict[str, Any]:
 def write(this: Evaluation, result: dict[str, Any]) -> None:
     """Keeps a result and its picture beside earlier ones."""
     text = (json.dumps(result, indent=1) + "\n").encode()
-    path = new_file(this.out / "evaluations", ".json")
+    path = new_name(this.out / "evaluations", ".json")
     write_atomic(path, text)
     picture, said = draw(result)
     if picture:
@@ -168,18 +167,12 @@ def write(this: Evaluation, result: dict[str, Any]) -> None:
     say(f"written  {path} after {result['seconds']} s")
 
 
-def new_file(folder: Path, suffix: str) -> Path:
-    """Makes an empty file named by the time, with a number from 2 where the second is taken."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{datetime.now():%Y%m%d-%H%M%S}"
-    for number in itertools.count(1):
-        path = folder / f"{stem}{f'-{number}' if number > 1 else ''}{suffix}"
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        return path
-    raise AssertionError
+def new_name(folder: Path, suffix: str) -> Path:
+    """A name that is free and sorts after earlier ones: the time, to the microsecond."""
+    while True:
+        path = folder / f"{datetime.now():%Y%m%d-%H%M%S-%f}{suffix}"
+        if not path.exists():
+            return path
 
 
 def measure(
