@@ -5,26 +5,32 @@
 
 namespace bagssl {
 
+// Number: float or BFloat16.
+
 /// What is added to normalized maps: identity itself, or normalized as well where it has a scale,
 /// and then its ReLU.
+template <typename Number>
 struct Identity {
-  DeferredMaps maps;
+  MapsOf<Number> maps;
   bool relu;
 };
 
 /// out = relu(scale * (x.y - center) + shift + identity) over `rows` pixels; x has a scale.
-void add_relu(const DeferredMaps& x, const Identity& identity, int64_t rows, int64_t channels,
-              float* out, ThreadPool& pool);
+template <typename Number>
+void add_relu(const MapsOf<Number>& x, const Identity<Number>& identity, int64_t rows,
+              int64_t channels, Number* out, ThreadPool& pool);
 
 /// Gradients: maps as out, vectors [channels]; those of identity's vectors only where it has them.
 /// The gradient of a center is -scale * dshift.
+template <typename Number>
 struct AddReluResults {
-  float *dy, *dscale, *dshift;
-  float *didentity, *didentity_scale, *didentity_shift;
+  Number *dy, *didentity;
+  float *dscale, *dshift, *didentity_scale, *didentity_shift;
 };
 
-void add_relu_backward(const float* dout, const float* out, const DeferredMaps& x,
-                       const Identity& identity, int64_t rows, int64_t channels,
-                       const AddReluResults& results, ThreadPool& pool);
+template <typename Number>
+void add_relu_backward(const Number* dout, const Number* out, const MapsOf<Number>& x,
+                       const Identity<Number>& identity, int64_t rows, int64_t channels,
+                       const AddReluResults<Number>& results, ThreadPool& pool);
 
 }  // namespace bagssl

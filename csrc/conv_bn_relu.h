@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "bfloat16.h"
 #include "thread_pool.h"
 
 namespace bagssl {
@@ -24,12 +25,14 @@ struct KernelStrides {
 };
 
 /// What the convolution reads: relu(scale * (y - center) + shift), or y itself where scale is null.
-struct DeferredMaps {
-  const float* y;       ///< [n, height, width, channels]
+template <typename Number>
+struct MapsOf {
+  const Number* y;      ///< [n, height, width, channels]
   const float* center;  ///< [channels], as the other two
   const float* scale;
   const float* shift;
 };
+using DeferredMaps = MapsOf<float>;
 
 /// y [n, out_height, out_width, out_channels] and, unless mean is null, the mean and the biased
 /// variance of each channel.
@@ -38,25 +41,38 @@ void conv_forward(const DeferredMaps& x, const float* weight, const KernelStride
                   ThreadPool& pool);
 
 /// What backward is given, [out_channels] each: null dmean and dvar are zero.
-struct ConvGradient {
-  const float* dy;  ///< as y
-  const float* y;
+template <typename Number>
+struct GradientOf {
+  const Number* dy;  ///< as y
+  const Number* y;
   const float* mean;
   const float* dmean;
   const float* dvar;
 };
+using ConvGradient = GradientOf<float>;
 
 /// Results that are null are not computed. The gradient of center is -scale * dshift.
-struct ConvResults {
-  float* dx;      ///< with respect to x.y, as it
+template <typename Number>
+struct ResultsOf {
+  Number* dx;     ///< with respect to x.y, as it
   float* dscale;  ///< [channels], as dshift; both come with dx where x has a scale
   float* dshift;
   float* dweight;
   KernelStrides dweight_strides;
 };
+using ConvResults = ResultsOf<float>;
 
 void conv_backward(const ConvGradient& gradient, const DeferredMaps& x, const float* weight,
                    const KernelStrides& strides, const ConvGeometry& geometry,
                    const ConvResults& results, ThreadPool& pool);
+
+// The same for maps of bfloat16: activations, gradients of maps and weights are rounded to it where
+// they are multiplied, sums and statistics are of float32.
+void conv_forward(const MapsOf<BFloat16>& x, const float* weight, const KernelStrides& strides,
+                  const ConvGeometry& geometry, BFloat16* y, float* mean, float* var,
+                  ThreadPool& pool);
+void conv_backward(const GradientOf<BFloat16>& gradient, const MapsOf<BFloat16>& x,
+                   const float* weight, const KernelStrides& strides, const ConvGeometry& geometry,
+                   const ResultsOf<BFloat16>& results, ThreadPool& pool);
 
 }  // namespace bagssl

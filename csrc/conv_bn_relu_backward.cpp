@@ -241,7 +241,8 @@ void conv_backward(const ConvGradient& gradient, const DeferredMaps& x, const fl
     }
   });
   if (results.dweight) join_weights(all, dweights, groups, results, pool);
-  if (results.dx && x.scale) join_sums(sums.data(), groups, s.channels, s.channels, results);
+  if (results.dx && x.scale)
+    join_sums(sums.data(), groups, s.channels, s.channels, results.dscale, results.dshift);
 }
 
 }  // namespace bagssl

@@ -52,28 +52,29 @@ std::vector<Run> runs_of(const ConvGeometry& s, bool plain, int64_t block) {
   return runs;
 }
 
-GradientMap::GradientMap(const ConvGradient& gradient, const ConvGeometry& s) {
-  if (!gradient.dmean) return;
+GradientMap::GradientMap(const ConvGeometry& s, const float* mean, const float* dmean,
+                         const float* dvar) {
+  if (!dmean) return;
   slope_.resize(s.out_channels + kMostLanes);
   offset_.resize(s.out_channels + kMostLanes);
   const double count = static_cast<double>(s.rows());
   for (int64_t c = 0; c < s.out_channels; ++c) {
-    const double slope = 2.0 * gradient.dvar[c] / count;
+    const double slope = 2.0 * dvar[c] / count;
     slope_[c] = static_cast<float>(slope);
-    offset_[c] = static_cast<float>(gradient.dmean[c] / count - slope * gradient.mean[c]);
+    offset_[c] = static_cast<float>(dmean[c] / count - slope * mean[c]);
   }
 }
 
-void join_sums(const double* sums, int64_t groups, int64_t padded, int64_t channels,
-               const ConvResults& results) {
+void join_sums(const double* sums, int64_t groups, int64_t padded, int64_t channels, float* dscale,
+               float* dshift) {
   for (int64_t c = 0; c < channels; ++c) {
-    double dscale = 0, dshift = 0;
+    double of_scale = 0, of_shift = 0;
     for (int64_t group = 0; group < groups; ++group) {
-      dscale += sums[group * 2 * padded + c];
-      dshift += sums[(group * 2 + 1) * padded + c];
+      of_scale += sums[group * 2 * padded + c];
+      of_shift += sums[(group * 2 + 1) * padded + c];
     }
-    results.dscale[c] = static_cast<float>(dscale);
-    results.dshift[c] = static_cast<float>(dshift);
+    dscale[c] = static_cast<float>(of_scale);
+    dshift[c] = static_cast<float>(of_shift);
   }
 }
 

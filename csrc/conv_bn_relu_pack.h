@@ -69,7 +69,11 @@ void pack_transposed(const float* weight, const KernelStrides& strides, const Co
 /// dy = g + slope * y + offset per channel: what the gradients of the moments add to that of y.
 class GradientMap {
  public:
-  GradientMap(const ConvGradient& gradient, const ConvGeometry& geometry);
+  template <typename Number>
+  GradientMap(const GradientOf<Number>& gradient, const ConvGeometry& geometry)
+      : GradientMap(geometry, gradient.mean, gradient.dmean, gradient.dvar) {}
+  GradientMap(const ConvGeometry& geometry, const float* mean, const float* dmean,
+              const float* dvar);
   const float* slope() const { return slope_.empty() ? nullptr : slope_.data(); }
   const float* offset() const { return slope() ? offset_.data() : nullptr; }
 
@@ -77,9 +81,9 @@ class GradientMap {
   std::vector<float> slope_, offset_;  // of whole vectors of any level; empty: dy = g
 };
 
-/// results.dscale and dshift from `groups` sums [2][padded] over pixels.
-void join_sums(const double* sums, int64_t groups, int64_t padded, int64_t channels,
-               const ConvResults& results);
+/// dscale and dshift from `groups` sums [2][padded] over pixels.
+void join_sums(const double* sums, int64_t groups, int64_t padded, int64_t channels, float* dscale,
+               float* dshift);
 
 /// Memory that each thread keeps: for packed weights, and for what it works on.
 Workspace& weight_memory();

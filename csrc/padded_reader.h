@@ -16,7 +16,8 @@ struct Reader {
 /// Owns the vectors of a Reader.
 class PaddedReader {
  public:
-  PaddedReader(const DeferredMaps& x, int64_t channels)
+  template <typename Number>
+  PaddedReader(const MapsOf<Number>& x, int64_t channels)
       : size_(channels + 16), floats_(x.scale ? 3 * size_ : 0) {
     if (!x.scale) return;
     for (int64_t c = 0; c < channels; ++c) {

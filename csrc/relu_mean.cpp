@@ -9,8 +9,9 @@ namespace bagssl {
 namespace {
 
 /// Some maps [n, pixels, channels] of a batch, and how their activation is computed.
+template <typename Number>
 struct Part {
-  const float* x;
+  const Number* x;
   int64_t n, pixels, channels;
   const float *scale, *shift, *center;  // padded to whole vectors
 };
@@ -19,6 +20,7 @@ struct Part {
 }  // namespace bagssl
 
 #define BAGSSL_BODY "relu_mean_body.h"
+#define BAGSSL_UP_TO_AMX
 #include "simd_levels.h"
 
 namespace bagssl {
@@ -27,8 +29,9 @@ namespace {
 // Maps whose gradients are summed in float32 before those of all are in double.
 constexpr int64_t kMapsTogether = 32;
 
-Part part_of(const DeferredMaps& x, const Reader& reader, int64_t first, int64_t last,
-             int64_t pixels, int64_t channels) {
+template <typename Number>
+Part<Number> part_of(const MapsOf<Number>& x, const Reader& reader, int64_t first, int64_t last,
+                     int64_t pixels, int64_t channels) {
   return {x.y + first * pixels * channels,
           last - first,
           pixels,
@@ -40,18 +43,20 @@ Part part_of(const DeferredMaps& x, const Reader& reader, int64_t first, int64_t
 
 }  // namespace
 
-void relu_mean(const DeferredMaps& x, int64_t n, int64_t pixels, int64_t channels, float* means,
+template <typename Number>
+void relu_mean(const MapsOf<Number>& x, int64_t n, int64_t pixels, int64_t channels, float* means,
                ThreadPool& pool) {
   const PaddedReader reader(x, channels);
   pool.parallel_for((n + kMapsTogether - 1) / kMapsTogether, [&](int, int64_t item) {
     const int64_t first = item * kMapsTogether, last = std::min(n, first + kMapsTogether);
-    BAGSSL_PICK(means_of)
+    BAGSSL_PICK(means_of<Number>)
     (part_of(x, reader.get(), first, last, pixels, channels), means + first * channels);
   });
 }
 
-void relu_mean_backward(const float* dmeans, const DeferredMaps& x, int64_t n, int64_t pixels,
-                        int64_t channels, float* dx, float* dscale, float* dshift,
+template <typename Number>
+void relu_mean_backward(const float* dmeans, const MapsOf<Number>& x, int64_t n, int64_t pixels,
+                        int64_t channels, Number* dx, float* dscale, float* dshift,
                         ThreadPool& pool) {
   const PaddedReader reader(x, channels);
   const int64_t items = (n + kMapsTogether - 1) / kMapsTogether, padded = channels + 16;
@@ -59,7 +64,7 @@ void relu_mean_backward(const float* dmeans, const DeferredMaps& x, int64_t n, i
   pool.parallel_for(items, [&](int, int64_t item) {
     const int64_t first = item * kMapsTogether, last = std::min(n, first + kMapsTogether);
     float* own = sums.data() + item * 2 * padded;
-    BAGSSL_PICK(gradients_of)
+    BAGSSL_PICK(gradients_of<Number>)
     (part_of(x, reader.get(), first, last, pixels, channels), dmeans + first * channels,
      dx + first * pixels * channels, own, own + padded);
   });
@@ -73,5 +78,12 @@ void relu_mean_backward(const float* dmeans, const DeferredMaps& x, int64_t n, i
     dshift[c] = static_cast<float>(of_shift);
   }
 }
+
+template void relu_mean(const DeferredMaps&, int64_t, int64_t, int64_t, float*, ThreadPool&);
+template void relu_mean(const MapsOf<BFloat16>&, int64_t, int64_t, int64_t, float*, ThreadPool&);
+template void relu_mean_backward(const float*, const DeferredMaps&, int64_t, int64_t, int64_t,
+                                 float*, float*, float*, ThreadPool&);
+template void relu_mean_backward(const float*, const MapsOf<BFloat16>&, int64_t, int64_t, int64_t,
+                                 BFloat16*, float*, float*, ThreadPool&);
 
 }  // namespace bagssl

@@ -1,15 +1,18 @@
 // The loops of relu_mean.cpp, over the maps of one part of a batch; see simd_levels.h.
 
-void means_of(const Part& p, float* means) {
+#include "bfloat16_body.h"
+
+template <typename Number>
+void means_of(const Part<Number>& p, float* means) {
   const Floats zero = {}, share = splat(1.0f / static_cast<float>(p.pixels));
   for (int64_t n = 0; n < p.n; ++n, means += p.channels) {
-    const float* map = p.x + n * p.pixels * p.channels;
+    const Number* map = p.x + n * p.pixels * p.channels;
     for (int64_t c = 0; c < p.channels; c += kLanes) {
       const int64_t left = p.channels - c;
       const Floats scale = load(p.scale + c), shift = load(p.shift + c);
       Floats sum = {};
       for (int64_t i = 0; i < p.pixels; ++i) {
-        const Floats x = load_some(map + i * p.channels + c, left);
+        const Floats x = read_some(map + i * p.channels + c, left);
         const Floats a = multiply_add(x, scale, shift);
         sum += a < zero ? zero : a;  // of NaN NaN
       }
@@ -18,7 +21,9 @@ void means_of(const Part& p, float* means) {
   }
 }
 
-void gradients_of(const Part& p, const float* dmeans, float* dx, float* dscale, float* dshift) {
+template <typename Number>
+void gradients_of(const Part<Number>& p, const float* dmeans, Number* dx, float* dscale,
+                  float* dshift) {
   const Floats zero = {}, share = splat(1.0f / static_cast<float>(p.pixels));
   for (int64_t n = 0; n < p.n; ++n, dmeans += p.channels) {
     const int64_t at = n * p.pixels * p.channels;
@@ -29,9 +34,9 @@ void gradients_of(const Part& p, const float* dmeans, float* dx, float* dscale, 
       const Floats dx_where_positive = g * scale;
       Floats count = {}, deviation = {};
       for (int64_t i = 0; i < p.pixels; ++i) {
-        const Floats x = load_some(p.x + at + i * p.channels + c, left);
+        const Floats x = read_some(p.x + at + i * p.channels + c, left);
         const auto positive = multiply_add(x, scale, shift) > zero;
-        store_some(dx + at + i * p.channels + c, positive ? dx_where_positive : zero, left);
+        write_some(dx + at + i * p.channels + c, positive ? dx_where_positive : zero, left);
         count += positive ? splat(1.0f) : zero;
         deviation += positive ? x - center : zero;
       }

@@ -4,21 +4,59 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef BAGSSL_X86_BF16
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace bagssl {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 
-int highest() {
+#ifdef BAGSSL_X86_BF16
+struct Cpuid {
+  unsigned eax, ebx, ecx, edx;
+  Cpuid(unsigned leaf, unsigned part) { __cpuid_count(leaf, part, eax, ebx, ecx, edx); }
+};
+
+bool has_bf16() { return Cpuid(0, 0).eax >= 7 && (Cpuid(7, 1).eax >> 5 & 1) != 0; }
+
+/// Whether there are tiles, and the kernel keeps them: it does for a process that asks once.
+bool has_amx() {
+  constexpr unsigned kBf16 = 1 << 22, kTiles = 1 << 24;
+  if ((Cpuid(7, 0).edx & (kBf16 | kTiles)) != (kBf16 | kTiles)) return false;
+#ifdef __linux__
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+int find_highest() {
 #ifdef BAGSSL_X86
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? 2 : 1;
+  if (!avx512) return 1;
+#ifdef BAGSSL_X86_BF16
+  if (has_bf16()) return has_amx() ? 4 : 3;
+#endif
+  return 2;
 #else
   return 0;
 #endif
+}
+
+int highest() {
+  static const int level = find_highest();
+  return level;
 }
 
 SimdLevel named(const std::string& what, const std::string& name) {

@@ -16,7 +16,9 @@
 // A body has the vectors of simd_vectors.h, kVectorBytes wide. For intrinsics it asks
 // `#ifdef BAGSSL_AVX2` (defined for avx2 and avx512) and `#ifdef BAGSSL_AVX512`; NEON is part of
 // the baseline where __ARM_NEON is defined. `#define BAGSSL_UP_TO_AVX2` beside BAGSSL_BODY leaves
-// AVX-512 out: the loops of avx2 then run at that level, too.
+// AVX-512 out: the loops of avx2 then run at that level, too. `#define BAGSSL_UP_TO_AMX` adds the
+// levels avx512_bf16 and amx, with BAGSSL_AVX512_BF16 and BAGSSL_AMX to ask for; without it the
+// loops of avx512 run there.
 //
 // A body uses nothing from the library but types, and includes nothing of it. An inline function
 // or a template instance of std has one name for the whole program: one that was compiled for
@@ -32,8 +34,9 @@
 #endif
 
 #define BAGSSL_INLINE inline __attribute__((always_inline))
-#define BAGSSL_PICK(...) \
-  ::bagssl::pick_level(&baseline::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__)
+#define BAGSSL_PICK(...)                                                                 \
+  ::bagssl::pick_level(&baseline::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__, \
+                       &avx512_bf16::__VA_ARGS__, &amx::__VA_ARGS__)
 
 namespace bagssl {
 namespace {
@@ -68,6 +71,8 @@ constexpr int kVectorBytes = 32;
 
 #ifdef BAGSSL_UP_TO_AVX2
 namespace avx512 = avx2;
+namespace avx512_bf16 = avx2;
+namespace amx = avx2;
 #else
 #define BAGSSL_AVX512 1
 #ifdef __clang__
@@ -88,6 +93,55 @@ constexpr int kVectorBytes = 64;
 #else
 #pragma GCC pop_options
 #endif
+
+#if defined(BAGSSL_UP_TO_AMX) && defined(BAGSSL_X86_BF16)
+#define BAGSSL_AVX512_BF16 1
+#ifdef __clang__
+#pragma clang attribute push(                                                          \
+    __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16")
+#endif
+namespace avx512_bf16 {
+constexpr int kVectorBytes = 64;
+#include "simd_vectors.h"
+// The loops:
+#include BAGSSL_BODY
+}  // namespace avx512_bf16
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#define BAGSSL_AMX 1
+#ifdef __clang__
+#pragma clang attribute push(                                                                 \
+    __attribute__((                                                                           \
+        target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#endif
+namespace amx {
+constexpr int kVectorBytes = 64;
+#include "simd_vectors.h"
+// The loops:
+#include BAGSSL_BODY
+}  // namespace amx
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef BAGSSL_AMX
+#undef BAGSSL_AVX512_BF16
+#else
+namespace avx512_bf16 = avx512;
+namespace amx = avx512;
+#endif
 #undef BAGSSL_AVX512
 #endif
 #undef BAGSSL_AVX2
@@ -96,6 +150,8 @@ constexpr int kVectorBytes = 64;
 
 namespace avx2 = baseline;
 namespace avx512 = baseline;
+namespace avx512_bf16 = baseline;
+namespace amx = baseline;
 
 #endif
 

@@ -200,7 +200,8 @@ void winograd_data(const ConvGradient& gradient, const DeferredMaps& x, const fl
       of_group[padded + j] += dshift[j];
     }
   });
-  if (x.scale) join_sums(sums.data(), all.groups(), padded, channels, results);
+  if (x.scale)
+    join_sums(sums.data(), all.groups(), padded, channels, results.dscale, results.dshift);
 }
 
 }  // namespace bagssl

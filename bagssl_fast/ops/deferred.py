@@ -42,4 +42,5 @@ def applied(x: Tensor | Deferred | Normalized) -> Tensor:
         return x
     center, scale, shift = (v[:, None, None] for v in x[1:])
     h = torch.addcmul(shift, x.y - center, scale)
+    h = h.to(x.y.dtype)
     return torch.relu_(h) if isinstance(x, Deferred) else h

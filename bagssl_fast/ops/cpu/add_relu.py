@@ -3,8 +3,8 @@
 Forward reads two maps and writes one; backward reads three or four and writes two, with the sums
 that the blocks of both sides need. Saved are both maps, the vectors and the result.
 
-Served is float32 `Normalized` x with identity a tensor, `Normalized` or `Deferred`; all others are
-the reference's, and so are derivatives of second order. Any number of threads gives the same bits.
+Served is `Normalized` x of float32 or bfloat16, with identity of the same type a tensor,
+`Normalized` or `Deferred`; all others are the reference's, and so are derivatives of second order. Any number of threads gives the same bits.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bagssl_fast._extension import _C
-from bagssl_fast.ops.cpu.conv_bn_relu import pixels, vector
+from bagssl_fast.ops.cpu.conv_bn_relu import is_served, pixels, vector
 from bagssl_fast.ops.deferred import Deferred, Normalized
 from bagssl_fast.ops.reference.add_relu import add_relu as reference
 
@@ -102,7 +102,7 @@ def _like_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     maps = [torch.empty_like(y, memory_format=torch.channels_last) for _ in range(2)]
     count = 0 if identity_scale is None else len(scale)
-    more_scale, more_shift = (y.new_empty(count) for _ in range(2))
+    more_scale, more_shift = (scale.new_empty(count) for _ in range(2))
     dscale, dshift = torch.empty_like(scale), torch.empty_like(shift)
     return maps[0], dscale, dshift, maps[1], more_scale, more_shift
 
@@ -134,6 +134,6 @@ def add_relu(x: Tensor | Normalized, identity: Tensor | Normalized | Deferred) -
     """[N, C, H, W]; see `ops.add_relu`."""
     other = (identity, None, None, None) if isinstance(identity, Tensor) else identity
     given = () if isinstance(x, Tensor) else (*x, *other)
-    if not given or any(v is not None and v.dtype != torch.float32 for v in given):
+    if not given or other[0].dtype != given[0].dtype or not is_served(*given[:4], *other[1:]):
         return reference(x, identity)
     return _AddRelu.apply(*given, isinstance(identity, Deferred))

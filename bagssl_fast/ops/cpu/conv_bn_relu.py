@@ -10,8 +10,11 @@ one; backward reads three and writes one. Saved are y, x.y, the weights and vect
 All of batch normalization but the moments is plain torch on vectors [C], and so are the gradients
 with respect to them: autograd adds up several readers, and a group's statistics, as it always does.
 
-Served are float32 tensors, any kernel, stride, padding and number of channels; maps that are not
-channels-last are copied. Other dtypes, and what runs under autocast, are the reference's.
+Served are maps of float32 and bfloat16, any kernel, stride, padding and number of channels; maps
+that are not channels-last are copied. Weights and vectors are float32. bfloat16 is taken under
+autocast, too: maps and their gradients are stored in it, activations, gradients and weights rounded
+to it where they are multiplied; sums, moments and gradients of weights are float32. Other types are
+the reference's.
 Statistics are joined by Chan's rule, in float32 within chunks of 72 rows, in double beyond. Any
 number of threads gives the same bits. Derivatives of second order are the reference's alone.
 """
@@ -81,7 +84,7 @@ def _like_results(
     shape = (x.shape[0], weight.shape[0], height, width)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     count = weight.shape[0] if moments else 0
-    return y, x.new_empty(count), x.new_empty(count)
+    return y, weight.new_empty(count), weight.new_empty(count)
 
 
 def _backward(
@@ -152,15 +155,19 @@ def _like_gradients(
     count = x.shape[1] if of_x and scale is not None else 0
     return (
         torch.empty_like(x, memory_format=torch.channels_last) if of_x else x.new_empty(0),
-        x.new_empty(count),
-        x.new_empty(count),
-        torch.empty_like(weight) if of_weight else x.new_empty(0),
+        weight.new_empty(count),
+        weight.new_empty(count),
+        torch.empty_like(weight) if of_weight else weight.new_empty(0),
     )
 
 
 def pixels(x: Tensor) -> Any:
-    """[N, H, W, C], an array over channels-last memory (a copy of other memory)."""
-    return x.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy()
+    """[N, H, W, C], an array over channels-last memory (a copy of other memory).
+
+    bfloat16, which numpy does not have, is uint16.
+    """
+    rows = x.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    return (rows.view(torch.uint16) if x.dtype == torch.bfloat16 else rows).numpy()
 
 
 def vector(x: Tensor | None) -> Any:
@@ -198,11 +205,20 @@ class _ConvMoments(torch.autograd.Function):
         return *of_x_and_vectors, dweight if of_weight else None, None, None, None
 
 
-def _served(*tensors: Tensor | None) -> bool:
-    """Whether these tensors are the kernels' to work on."""
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    return all(x is None or (x.dtype == torch.float32 and x.numel() > 0) for x in tensors)
+def is_served(y: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether kernels compute with maps of this type, and these vectors."""
+    types = (torch.float32, torch.bfloat16)
+    return y.dtype in types and all(v is None or v.dtype == torch.float32 for v in vectors)
+
+
+def _type_of(y: Tensor, *others: Tensor | None) -> torch.dtype | None:
+    """The type of maps that the kernels compute with; None for what is not theirs to work on."""
+    if not is_served(y, *others) or any(x is not None and x.numel() == 0 for x in (y, *others)):
+        return None
+    if not torch.is_autocast_enabled("cpu"):
+        return y.dtype
+    dtype = torch.get_autocast_dtype("cpu")
+    return dtype if dtype == torch.bfloat16 else None
 
 
 def _over_ranks(
@@ -236,13 +252,14 @@ def conv_bn_relu(
     relu: bool = True,
 ) -> Tensor | Deferred | Normalized:
     """The activation of [N, M, H', W']; see `ops.conv_bn_relu`."""
-    maps = x if isinstance(x, Deferred) else (x, None, None, None)
-    if not _served(*maps, weight, gamma, beta, running_mean, running_var):
+    y, *vectors = x if isinstance(x, Deferred) else (x, None, None, None)
+    dtype = _type_of(y, *vectors, weight, gamma, beta, running_mean, running_var)
+    if dtype is None:
         return reference(
             x, weight, gamma, beta, running_mean, running_var, stride=stride, padding=padding,
             training=training, momentum=momentum, eps=eps, group=group, relu=relu,
         )  # fmt: skip
-    y, mean, var = _ConvMoments.apply(*maps, weight, stride, padding, training)
+    y, mean, var = _ConvMoments.apply(y.to(dtype), *vectors, weight, stride, padding, training)
     if training:
         mean, var, count = _over_ranks(mean, var, y.numel() // y.shape[1], group)
         if running_mean is not None and running_var is not None:

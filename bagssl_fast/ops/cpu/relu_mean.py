@@ -1,7 +1,7 @@
 """The mean of an activation over its map, which is read once and not written (`csrc/relu_mean.h`).
 
-Served are float32 `Deferred` activations; all others are the reference's, and so are derivatives of
-second order. Any number of threads gives the same bits.
+Served are `Deferred` activations of float32 and bfloat16, whose means are float32; all others are
+the reference's, and so are derivatives of second order. Any number of threads gives the same bits.
 """
 
 from typing import Any
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from bagssl_fast._extension import _C
-from bagssl_fast.ops.cpu.conv_bn_relu import pixels, vector
+from bagssl_fast.ops.cpu.conv_bn_relu import is_served, pixels, vector
 from bagssl_fast.ops.deferred import Deferred
 from bagssl_fast.ops.reference.relu_mean import relu_mean as reference
 
 
 def _forward(y: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Means [N, C] of the activation of y [N, C, H, W]."""
-    means = y.new_empty(y.shape[:2])
+    means = scale.new_empty(y.shape[:2])
     _C.relu_mean(
         pixels(y),
         vector(center),
@@ -36,7 +36,7 @@ relu_mean_forward = torch.library.custom_op(
 
 @relu_mean_forward.register_fake
 def _(y: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return y.new_empty(y.shape[:2])
+    return scale.new_empty(y.shape[:2])
 
 
 def _backward(
@@ -88,6 +88,6 @@ class _ReluMean(torch.autograd.Function):
 
 def relu_mean(x: Tensor | Deferred) -> Tensor:
     """[N, C] of `x` [N, C, H, W]; see `ops.relu_mean`."""
-    if isinstance(x, Tensor) or any(v.dtype != torch.float32 for v in x):
+    if isinstance(x, Tensor) or not is_served(*x):
         return reference(x)
     return _ReluMean.apply(*x)
