@@ -123,8 +123,16 @@ class BackwardPass {
 
   /// The pixels of x from number `at` on, whose gradients are those in `g`.
   MaskChunk16 mask_of(int64_t at, int64_t pixels, const float* g) const {
-    return {g,           all_.padded(), all_.x.y + at,        all_.dx + at, pixels, all_.s.channels,
-            all_.reader, sums_,         sums_ + all_.padded()};
+    return {g,
+            all_.padded(),
+            all_.x.y + at,
+            all_.dx + at,
+            pixels,
+            all_.s.channels,
+            pixels * all_.s.channels,
+            all_.reader,
+            sums_,
+            sums_ + all_.padded()};
   }
 
   void mask_maps(int64_t first, int64_t last) {

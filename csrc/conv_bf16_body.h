@@ -10,36 +10,32 @@ BAGSSL_INLINE BFloat16* row_of(const Packed16& m, int64_t row, int64_t column) {
   return m.data + column / kBlock16 * m.block + row * kRowStep16 + column % kBlock16;
 }
 
-BAGSSL_INLINE void fill_zeros(BFloat16* from, BFloat16* end) {
-  for (; from < end; ++from) *from = 0;
-}
+BAGSSL_INLINE void store_zeros(BFloat16* to) { __builtin_memset(to, 0, 2 * kPanel16); }
+
+/// What will be read or written as this is, one chunk later.
+BAGSSL_INLINE void fetch(const BFloat16* at) { __builtin_prefetch(at, 0, 2); }
 
 /// Zeros in the columns up to a whole panel, and in the rows.
 BAGSSL_INLINE void pad(const Packed16& m, int64_t rows, int64_t columns) {
-  const int64_t panels = (columns + kPanel16 - 1) / kPanel16 * kPanel16;
-  if (columns < panels) {
-    for (int64_t row = 0; row < rows; ++row) {
-      BFloat16* last = row_of(m, row, panels - 1) + 1;
-      fill_zeros(last - (panels - columns), last);
-    }
+  if (columns % kPanel16 != 0) {
+    BFloat16* last = row_of(m, 0, columns);
+    for (int64_t row = 0; row < rows; ++row, last += kRowStep16) store_zeros(last);
   }
   for (int64_t row = rows; row % kPanel16 != 0; ++row) {
-    for (int64_t k = 0; k < panels; k += kBlock16) {
-      BFloat16* first = row_of(m, row, k);
-      fill_zeros(first, first + at_most(kBlock16, panels - k));
-    }
+    for (int64_t k = 0; k < columns; k += kPanel16) store_zeros(row_of(m, row, k));
   }
 }
 
 /// The activation of `count` channels, no number more.
 template <bool kDeferred>
-BAGSSL_INLINE void activate_run(const BFloat16* from, int64_t count, const float* scale,
-                                const float* shift, BFloat16* to) {
+BAGSSL_INLINE void activate_run(const BFloat16* from, int64_t count, int64_t ahead,
+                                const float* scale, const float* shift, BFloat16* to) {
   const auto activation = [&](Floats x, int64_t i) {
     return kDeferred ? positive(multiply_add(x, load(scale + i), load(shift + i))) : x;
   };
   int64_t i = 0;
   for (; i + kBoth <= count; i += kBoth) {
+    fetch(from + i + ahead);
     write_both(to + i, activation(read(from + i), i),
                activation(read(from + i + kLanes), i + kLanes));
   }
@@ -48,18 +44,19 @@ BAGSSL_INLINE void activate_run(const BFloat16* from, int64_t count, const float
   }
 }
 
-BAGSSL_INLINE void activate_some(const BFloat16* from, int64_t first, int64_t count,
+BAGSSL_INLINE void activate_some(const PixelRows16& p, int64_t row, int64_t first, int64_t count,
                                  const Reader& reader, BFloat16* to) {
+  const BFloat16* from = p.x + row * p.channels + first;
   if (reader.scale) {
-    activate_run<true>(from, count, reader.scale + first, reader.shift + first, to);
+    activate_run<true>(from, count, p.ahead, reader.scale + first, reader.shift + first, to);
   } else {
-    activate_run<false>(from, count, nullptr, nullptr, to);
+    activate_run<false>(from, count, p.ahead, nullptr, nullptr, to);
   }
 }
 
 void activate(const PixelRows16& p, const Reader& reader, BFloat16* to) {
-  for (int64_t at = 0; at < p.rows * p.channels; at += p.channels) {
-    activate_some(p.x + at, 0, p.channels, reader, to + at);
+  for (int64_t row = 0; row < p.rows; ++row, to += p.channels) {
+    activate_some(p, row, 0, p.channels, reader, to);
   }
 }
 
@@ -67,7 +64,7 @@ void pack_pixels(const PixelRows16& p, const Reader& reader, const Packed16& to)
   for (int64_t first = 0; first < p.channels; first += kBlock16) {
     const int64_t count = at_most(kBlock16, p.channels - first);
     for (int64_t row = 0; row < p.rows; ++row) {
-      activate_some(p.x + row * p.channels + first, first, count, reader, row_of(to, row, first));
+      activate_some(p, row, first, count, reader, row_of(to, row, first));
     }
   }
   pad(to, p.rows, p.channels);
@@ -112,12 +109,15 @@ void pack_windows(const Windows16& w, const Packed16& to) {
 }
 
 BAGSSL_INLINE void pack_gradient_run(const BFloat16* g, const BFloat16* y, int64_t count,
-                                     const float* slope, const float* offset, BFloat16* to) {
+                                     int64_t ahead, const float* slope, const float* offset,
+                                     BFloat16* to) {
   int64_t i = 0;
   const auto gradient = [&](Floats of_y, Floats y_here, int64_t c) {
     return of_y + multiply_add(y_here, load(slope + c), load(offset + c));
   };
   for (; i + kBoth <= count; i += kBoth) {
+    fetch(g + i + ahead);
+    fetch(y + i + ahead);
     write_both(to + i, gradient(read(g + i), read(y + i), i),
                gradient(read(g + i + kLanes), read(y + i + kLanes), i + kLanes));
   }
@@ -128,12 +128,13 @@ BAGSSL_INLINE void pack_gradient_run(const BFloat16* g, const BFloat16* y, int64
 }
 
 void pack_gradient(const GradientRows16& p, const Packed16& to) {
-  if (!p.slope) return pack_pixels({p.g, p.rows, p.channels}, {}, to);
+  const int64_t ahead = p.rows * p.channels;
+  if (!p.slope) return pack_pixels({p.g, p.rows, p.channels, ahead}, {}, to);
   for (int64_t first = 0; first < p.channels; first += kBlock16) {
     const int64_t count = at_most(kBlock16, p.channels - first);
     for (int64_t row = 0; row < p.rows; ++row) {
       const int64_t at = row * p.channels + first;
-      pack_gradient_run(p.g + at, p.y + at, count, p.slope + first, p.offset + first,
+      pack_gradient_run(p.g + at, p.y + at, count, ahead, p.slope + first, p.offset + first,
                         row_of(to, row, first));
     }
   }
@@ -158,8 +159,7 @@ void interleave(const Packed16& from, int64_t rows, int64_t columns, const Packe
   // The product reads whole panels of pairs.
   for (int64_t row = (rows + 1) / 2; row % 16 != 0; ++row) {
     for (int64_t column = 0; column < 2 * columns; column += kPanel16) {
-      BFloat16* first = row_of(to, row, column);
-      fill_zeros(first, first + kPanel16);
+      store_zeros(row_of(to, row, column));
     }
   }
 }
@@ -170,61 +170,90 @@ BAGSSL_INLINE const BFloat16* panel_of(const BFloat16* weight, int64_t column, i
   return weight + column * ((steps + kPanel16 - 1) / kPanel16 * kPanel16);
 }
 
-/// Stores a tile and, unless sums is null, sums how far its columns are from their centers.
-BAGSSL_INLINE void finish(const float* tile, int64_t rows, int64_t width, BFloat16* y, int64_t step,
-                          float* center, bool centered, float* sums, float* squares) {
-  for (int64_t c = 0; c < kPanel16; c += kBoth, tile += kBoth, y += kBoth) {
-    const int64_t left = width - c;
-    if (left <= 0) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* from = tile + r * kPanel16;
-      BFloat16* to = y + r * step;
-      if (left >= kBoth) {
-        write_both(to, load(from), load(from + kLanes));
-      } else {
-        write_some(to, load(from), left);
-        if (left > kLanes) write_some(to + kLanes, load(from + kLanes), left - kLanes);
-      }
-    }
-    if (!sums) continue;
-    Floats sum[2], square[2], middle[2];
+/// Where a tile of outputs goes: its first, `step` apart, and what is summed of its columns.
+struct Outputs {
+  BFloat16* y;
+  int64_t rows, width, step, ahead;
+  float *center, *sums, *squares;
+  bool centered;
+};
+
+template <bool kWhole, bool kSums>
+BAGSSL_INLINE void finish_columns(const float* tile, const Outputs& o, int64_t c) {
+  Floats sum[2], square[2], center[2];
+  if (kSums) {
     BAGSSL_UNROLL
     for (int v = 0; v < 2; ++v) {
-      sum[v] = load(sums + c + v * kLanes);
-      square[v] = load(squares + c + v * kLanes);
-      middle[v] = load(centered ? center + c + v * kLanes : tile + v * kLanes);
+      const int64_t at = c + v * kLanes;
+      sum[v] = load(o.sums + at);
+      square[v] = load(o.squares + at);
+      center[v] = load(o.centered ? o.center + at : tile + at);
+      if (!o.centered) store(o.center + at, center[v]);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      BAGSSL_UNROLL
-      for (int v = 0; v < 2; ++v) {
-        const Floats d = load(tile + r * kPanel16 + v * kLanes) - middle[v];
-        sum[v] += d;
-        square[v] = multiply_add(d, d, square[v]);
-      }
+  }
+  const int64_t left = o.width - c;
+  for (int64_t r = 0; r < o.rows; ++r) {
+    const Floats y[2] = {load(tile + r * kPanel16 + c), load(tile + r * kPanel16 + c + kLanes)};
+    BFloat16* to = o.y + r * o.step + c;
+    fetch(to + o.ahead);
+    if (kWhole) {
+      write_both(to, y[0], y[1]);
+    } else {
+      write_some(to, y[0], left);
+      if (left > kLanes) write_some(to + kLanes, y[1], left - kLanes);
     }
+    if (!kSums) continue;
     BAGSSL_UNROLL
     for (int v = 0; v < 2; ++v) {
-      if (!centered) store(center + c + v * kLanes, middle[v]);
-      store(sums + c + v * kLanes, sum[v]);
-      store(squares + c + v * kLanes, square[v]);
+      const Floats d = y[v] - center[v];
+      sum[v] += d;
+      square[v] = multiply_add(d, d, square[v]);
+    }
+  }
+  if (!kSums) return;
+  BAGSSL_UNROLL
+  for (int v = 0; v < 2; ++v) {
+    store(o.sums + c + v * kLanes, sum[v]);
+    store(o.squares + c + v * kLanes, square[v]);
+  }
+}
+
+/// Stores a tile and, where that is asked for, sums how far its columns are from their centers.
+BAGSSL_INLINE void finish(const float* tile, const Outputs& o) {
+  for (int64_t c = 0; c < o.width; c += kBoth) {
+    if (o.width - c < kBoth) {
+      o.sums ? finish_columns<false, true>(tile, o, c) : finish_columns<false, false>(tile, o, c);
+    } else {
+      o.sums ? finish_columns<true, true>(tile, o, c) : finish_columns<true, false>(tile, o, c);
     }
   }
 }
 
 void forward(const ForwardChunk16& c) {
   const Tiles tiles;
+  // One tile is finished while the next is computed.
+  alignas(64) float buffers[2][kPanel16 * kPanel16];
+  Outputs last{};
+  int at = 0;
   for (int64_t first = 0; first < c.channels; first += kPanel16) {
     const BFloat16* panel = panel_of(c.weight, first, c.steps);
-    const int64_t width = at_most(kPanel16, c.channels - first);
-    for (int64_t row = 0; row < c.rows; row += kPanel16) {
-      alignas(64) float tile[kPanel16 * kPanel16];
+    for (int64_t row = 0; row < c.rows; row += kPanel16, at ^= 1) {
       const int64_t rows = at_most(kPanel16, c.rows - row);
       product<false, 2 * kPanel16>(rows, row_of(c.a, row, 0), c.a.block, panel, (c.steps + 1) / 2,
-                                   tile, kPanel16);
-      finish(tile, rows, width, c.y + row * c.channels + first, c.channels, c.center + first,
-             c.centered || row > 0, c.sums ? c.sums + first : nullptr, c.squares + first);
+                                   buffers[at], kPanel16);
+      finish(buffers[at ^ 1], last);
+      last = {c.y + row * c.channels + first,
+              rows,
+              at_most(kPanel16, c.channels - first),
+              c.channels,
+              c.rows * c.channels,
+              c.center + first,
+              c.sums ? c.sums + first : nullptr,
+              c.squares + first,
+              c.centered || row > 0};
     }
   }
+  finish(buffers[at ^ 1], last);
 }
 
 // ----------------------------------------------------------------------------------- backward
@@ -260,6 +289,7 @@ BAGSSL_INLINE void mask_channels(const MaskChunk16& m, int64_t c) {
   for (int64_t r = 0; r < m.rows; ++r) {
     const float* g = m.g + r * m.g_step + c;
     const BFloat16* from = m.x + r * m.channels + c;
+    fetch(m.dx + r * m.channels + c + m.ahead);
     Floats dx[2];
     BAGSSL_UNROLL
     for (int v = 0; v < 2; ++v) {
@@ -293,22 +323,30 @@ void mask(const MaskChunk16& m) { mask_some(m, 0, m.channels); }
 
 void data(const DataChunk16& c, const MaskChunk16& all) {
   const Tiles tiles;
+  // One tile is masked while the next is computed.
+  alignas(64) float buffers[2][kPanel16 * kPanel16];
+  MaskChunk16 last = all;
+  last.g_step = kPanel16;
+  int64_t of_last = all.channels;  // no channel of none
+  int at = 0;
+  const auto finish_last = [&](const float* tile) {
+    last.g = tile - of_last;
+    mask_some(last, of_last, at_most(of_last + kPanel16, all.channels));
+  };
   for (int64_t first = 0; first < all.channels; first += kPanel16) {
-    for (int64_t row = 0; row < c.rows; row += kPanel16) {
-      alignas(64) float tile[kPanel16 * kPanel16];
+    for (int64_t row = 0; row < c.rows; row += kPanel16, at ^= 1) {
       const int64_t rows = at_most(kPanel16, c.rows - row);
       product<false, 2 * kPanel16>(rows, row_of(c.dy, row, 0), c.dy.block,
-                                   panel_of(c.weight, first, c.steps), (c.steps + 1) / 2, tile,
-                                   kPanel16);
-      MaskChunk16 part = all;
-      part.g = tile - first;
-      part.g_step = kPanel16;
-      part.x += row * all.channels;
-      part.dx += row * all.channels;
-      part.rows = rows;
-      mask_some(part, first, at_most(first + kPanel16, all.channels));
+                                   panel_of(c.weight, first, c.steps), (c.steps + 1) / 2,
+                                   buffers[at], kPanel16);
+      finish_last(buffers[at ^ 1]);
+      last.x = all.x + row * all.channels;
+      last.dx = all.dx + row * all.channels;
+      last.rows = rows;
+      of_last = first;
     }
   }
+  finish_last(buffers[at ^ 1]);
 }
 
 void data_scattered(const DataChunk16& c, const Scatter16& to) {

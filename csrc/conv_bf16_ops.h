@@ -24,6 +24,7 @@ struct Packed16 {
 struct PixelRows16 {
   const BFloat16* x;  ///< of the first
   int64_t rows, channels;
+  int64_t ahead;  ///< numbers from here to what will be read next
 };
 
 /// `count` neighboring numbers of a window: `from` behind its corner, `to` numbers into the row.
@@ -67,6 +68,7 @@ struct MaskChunk16 {
   const BFloat16* x;  ///< [rows, channels], as dx
   BFloat16* dx;
   int64_t rows, channels;
+  int64_t ahead;  ///< numbers from here to what will be written next
   Reader reader;
   float *dscale, *dshift;  ///< added to; of whole panels
 };

@@ -91,20 +91,22 @@ void Activation16::take(int64_t first, int64_t last) {
   first_ = first;
   if (!maps_) return;
   const int64_t width = s_.width + 2 * s_.padding;
+  const int64_t ahead = (last - first) * s_.height * s_.width * s_.channels;
   for (int64_t image = first; image < last; ++image) {
     BFloat16* map = maps_ + (image - first) * map_numbers(s_);
     const BFloat16* from = x_.y + image * s_.height * s_.width * s_.channels;
     for (int64_t y = 0; y < s_.height; ++y) {
       const int64_t inside = (y + s_.padding) * width + s_.padding;
-      conv_loops16().activate({from + y * s_.width * s_.channels, s_.width, s_.channels}, reader_,
-                              map + inside * s_.channels);
+      conv_loops16().activate({from + y * s_.width * s_.channels, s_.width, s_.channels, ahead},
+                              reader_, map + inside * s_.channels);
     }
   }
 }
 
 void Activation16::pack(int64_t first, int64_t rows, const Packed16& to) const {
   if (s_.pointwise()) {
-    conv_loops16().pack_pixels({x_.y + first * s_.channels, rows, s_.channels}, reader_, to);
+    conv_loops16().pack_pixels({x_.y + first * s_.channels, rows, s_.channels, rows * s_.channels},
+                               reader_, to);
     return;
   }
   const int64_t before = maps_ ? first_ * s_.out_height * s_.out_width : 0;
