@@ -36,12 +36,25 @@ def imagenet_tar(data_dir: Path) -> Path:
     return data_dir / "imagenet-sample.tar"
 
 
-@pytest.fixture(params=_C.simd_levels())
-def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each SIMD level that this machine can run, in force while the test runs."""
-    _C.force_simd_level(request.param)
-    yield request.param
+def _in_force(level: str) -> Iterator[str]:
+    _C.force_simd_level(level)
+    yield level
     _C.force_simd_level(None)
+
+
+@pytest.fixture(params=_C.simd_levels()[:3])
+def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each SIMD level that this machine can run, in force while the test runs.
+
+    Those above avx512 differ from it for bfloat16 alone.
+    """
+    yield from _in_force(request.param)
+
+
+@pytest.fixture(params=_C.simd_levels())
+def bf16_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same for loops over bfloat16."""
+    yield from _in_force(request.param)
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ Forward reads two maps and writes one; backward reads three or four and writes t
 that the blocks of both sides need. Saved are both maps, the vectors and the result.
 
 Served is `Normalized` x of float32 or bfloat16, with identity of the same type a tensor,
-`Normalized` or `Deferred`; all others are the reference's, and so are derivatives of second order. Any number of threads gives the same bits.
+`Normalized` or `Deferred`; all others are the reference's, and so are derivatives of second order.
+Any number of threads gives the same bits.
 """
 
 from typing import Any
