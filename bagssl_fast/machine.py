@@ -121,7 +121,8 @@ def instruction_set(flags: frozenset[str]) -> str:
     """The widest vector instructions among a processor's features, such as "AVX-512 with bf16"."""
     names = {"avx512bw": "AVX-512", "avx2": "AVX2", "sse2": "SSE2", "asimd": "NEON"}
     widest = next((name for flag, name in names.items() if flag in flags), "unknown vectors")
-    return f"{widest} with bf16" if computes_bf16(flags) else widest
+    widest += " with bf16" if computes_bf16(flags) else ""
+    return f"{widest} and AMX" if "amx_bf16" in flags else widest
 
 
 def _extension() -> dict[str, str | None]:

@@ -119,6 +119,8 @@ def choose(
         dtype = kept.get("dtype", "bfloat16" if half else "float32")
     if views == "auto":
         views = kept.get("views", _views(config, device))
+    if precision != "bf16" and simd in ("avx512_bf16", "amx"):
+        simd = "avx512"  # those above differ for bfloat16 alone: resume it on more machines
     cells = {op: ops.cell(op, device) for op in ops.DISPATCH}
     changed = [op for op, cell in kept.get("ops", {}).items() if cells.get(op) != cell]
     if config.impl == "auto" and changed:
@@ -198,7 +200,7 @@ def _compile(config: Config, device: str, precision: str, steps: int) -> tuple[b
     if config.cuda_graph:
         return False, "--cuda_graph saves the launches already"
     fused = config.encoder.name in FUSED and ops.cell("conv_bn_relu", device) == "cpu"
-    if fused and precision == "fp32":  # under autocast the reference runs, in torch's own ops
+    if fused and precision != "fp16":  # in which the reference runs, in torch's own ops
         return False, f"{config.encoder.name} runs on fused ops, which stay as they are"
     return True, f"{steps} steps earn back the compilation"
 
