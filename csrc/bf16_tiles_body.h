@@ -56,8 +56,8 @@ class Tiles {
 
 /// out = a b, 16 or 32 rows and 32 columns; see product.
 template <bool kTall, bool kAdd, int64_t kStep>
-BAGSSL_INLINE void product_of_tiles(const BFloat16* a, int64_t block, const BFloat16* b,
-                                    int64_t pairs, float* out, int64_t out_step) {
+BAGSSL_INLINE void product_of_tiles(const BFloat16* a, const BFloat16* b, int64_t pairs, float* out,
+                                    int64_t out_step) {
   constexpr long kRow = sizeof(BFloat16) * kRowStep16, kPairs = sizeof(BFloat16) * kStep;
   const long out_row = static_cast<long>(sizeof(float)) * out_step;
   float* const below = out + 16 * out_step;
@@ -74,19 +74,16 @@ BAGSSL_INLINE void product_of_tiles(const BFloat16* a, int64_t block, const BFlo
     if (kTall) _tile_zero(2);
     if (kTall) _tile_zero(3);
   }
-  for (; pairs > 0; pairs -= kBlock16 / 2, a += block) {
-    const int64_t steps = (at_most(pairs, kBlock16 / 2) + 15) / 16;
-    for (int64_t k = 0; k < steps; ++k, b += 16 * kStep) {
-      _tile_loadd(4, a + 32 * k, kRow);
-      _tile_loadd(6, b, kPairs);
-      _tile_loadd(7, b + 32, kPairs);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if (kTall) {
-        _tile_loadd(5, a + 32 * k + 16 * kRowStep16, kRow);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+  for (; pairs > 0; pairs -= 16, a += 32, b += 16 * kStep) {
+    _tile_loadd(4, a, kRow);
+    _tile_loadd(6, b, kPairs);
+    _tile_loadd(7, b + 32, kPairs);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (kTall) {
+      _tile_loadd(5, a + 16 * kRowStep16, kRow);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
     }
   }
   _tile_stored(0, out, out_row);
@@ -120,20 +117,17 @@ BAGSSL_INLINE Bits load_pairs(const BFloat16* from) {
 
 /// Two vectors of columns of kRows rows.
 template <int kRows, bool kAdd, int64_t kStep>
-BAGSSL_INLINE void product_of_vectors(const BFloat16* a, int64_t block, const BFloat16* b,
-                                      int64_t pairs, float* out, int64_t out_step) {
+BAGSSL_INLINE void product_of_vectors(const BFloat16* a, const BFloat16* b, int64_t pairs,
+                                      float* out, int64_t out_step) {
   Floats sums[kRows][2] = {};
-  for (; pairs > 0; pairs -= kBlock16 / 2, a += block) {
-    const int64_t count = at_most(pairs, kBlock16 / 2);
-    for (int64_t k = 0; k < count; ++k, b += kStep) {
-      const Bits panel[2] = {load_pairs(b), load_pairs(b + 2 * kLanes)};
-      BAGSSL_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        uint32_t pair;
-        __builtin_memcpy(&pair, a + r * kRowStep16 + 2 * k, sizeof pair);
-        sums[r][0] = add_pairs(sums[r][0], splat(pair), panel[0]);
-        sums[r][1] = add_pairs(sums[r][1], splat(pair), panel[1]);
-      }
+  for (int64_t k = 0; k < pairs; ++k, b += kStep) {
+    const Bits panel[2] = {load_pairs(b), load_pairs(b + 2 * kLanes)};
+    BAGSSL_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      uint32_t pair;
+      __builtin_memcpy(&pair, a + r * kRowStep16 + 2 * k, sizeof pair);
+      sums[r][0] = add_pairs(sums[r][0], splat(pair), panel[0]);
+      sums[r][1] = add_pairs(sums[r][1], splat(pair), panel[1]);
     }
   }
   BAGSSL_UNROLL
@@ -148,22 +142,22 @@ BAGSSL_INLINE void product_of_vectors(const BFloat16* a, int64_t block, const BF
 
 /// out[r][j] = the sum over k of a[r][k] b[k][j] for `rows` rows, up to 32, and 32 columns; kAdd:
 /// added to what is there. Of b two neighboring k lie in each column's pair, and the next two are
-/// kStep numbers on; of a, whose rows are Packed16, two are one pair. All of 32 rows of a and of
-/// out, and k up to the next multiple of 32, are read or written; those of a are 0.
+/// kStep numbers on; rows of a are packed. All of 32 rows of a and of out, and k up to the next
+/// multiple of 32, may be read or written; there a or b is 0 and the other one finite.
 template <bool kAdd, int64_t kStep>
-BAGSSL_INLINE void product(int64_t rows, const BFloat16* a, int64_t block, const BFloat16* b,
-                           int64_t pairs, float* out, int64_t out_step) {
+BAGSSL_INLINE void product(int64_t rows, const BFloat16* a, const BFloat16* b, int64_t pairs,
+                           float* out, int64_t out_step) {
 #if defined(BAGSSL_AMX)
   if (rows > 16) {
-    product_of_tiles<true, kAdd, kStep>(a, block, b, pairs, out, out_step);
+    product_of_tiles<true, kAdd, kStep>(a, b, pairs, out, out_step);
   } else {
-    product_of_tiles<false, kAdd, kStep>(a, block, b, pairs, out, out_step);
+    product_of_tiles<false, kAdd, kStep>(a, b, pairs, out, out_step);
   }
 #else
   constexpr int kRows = kLanes > 4 ? kLanes / 2 : 2;
   for (int64_t column = 0; column < kPanel16; column += 2 * kLanes) {
     for (int64_t row = 0; row < rows; row += kRows) {
-      product_of_vectors<kRows, kAdd, kStep>(a + row * kRowStep16, block, b + 2 * column, pairs,
+      product_of_vectors<kRows, kAdd, kStep>(a + row * kRowStep16, b + 2 * column, pairs,
                                              out + row * out_step + column, out_step);
     }
   }

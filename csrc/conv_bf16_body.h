@@ -6,23 +6,18 @@
 
 constexpr int64_t kBoth = 2 * kLanes;  // numbers that are written together
 
-BAGSSL_INLINE BFloat16* row_of(const Packed16& m, int64_t row, int64_t column) {
-  return m.data + column / kBlock16 * m.block + row * kRowStep16 + column % kBlock16;
-}
-
 BAGSSL_INLINE void store_zeros(BFloat16* to) { __builtin_memset(to, 0, 2 * kPanel16); }
 
 /// What will be read or written as this is, one chunk later.
 BAGSSL_INLINE void fetch(const BFloat16* at) { __builtin_prefetch(at, 0, 2); }
 
 /// Zeros in the columns up to a whole panel, and in the rows.
-BAGSSL_INLINE void pad(const Packed16& m, int64_t rows, int64_t columns) {
+BAGSSL_INLINE void pad(BFloat16* m, int64_t rows, int64_t columns) {
   if (columns % kPanel16 != 0) {
-    BFloat16* last = row_of(m, 0, columns);
-    for (int64_t row = 0; row < rows; ++row, last += kRowStep16) store_zeros(last);
+    for (int64_t row = 0; row < rows; ++row) store_zeros(m + row * kRowStep16 + columns);
   }
   for (int64_t row = rows; row % kPanel16 != 0; ++row) {
-    for (int64_t k = 0; k < columns; k += kPanel16) store_zeros(row_of(m, row, k));
+    for (int64_t k = 0; k < columns; k += kPanel16) store_zeros(m + row * kRowStep16 + k);
   }
 }
 
@@ -44,29 +39,24 @@ BAGSSL_INLINE void activate_run(const BFloat16* from, int64_t count, int64_t ahe
   }
 }
 
-BAGSSL_INLINE void activate_some(const PixelRows16& p, int64_t row, int64_t first, int64_t count,
-                                 const Reader& reader, BFloat16* to) {
-  const BFloat16* from = p.x + row * p.channels + first;
-  if (reader.scale) {
-    activate_run<true>(from, count, p.ahead, reader.scale + first, reader.shift + first, to);
-  } else {
-    activate_run<false>(from, count, p.ahead, nullptr, nullptr, to);
-  }
-}
-
-void activate(const PixelRows16& p, const Reader& reader, BFloat16* to) {
-  for (int64_t row = 0; row < p.rows; ++row, to += p.channels) {
-    activate_some(p, row, 0, p.channels, reader, to);
-  }
-}
-
-void pack_pixels(const PixelRows16& p, const Reader& reader, const Packed16& to) {
-  for (int64_t first = 0; first < p.channels; first += kBlock16) {
-    const int64_t count = at_most(kBlock16, p.channels - first);
-    for (int64_t row = 0; row < p.rows; ++row) {
-      activate_some(p, row, first, count, reader, row_of(to, row, first));
+BAGSSL_INLINE void activate(const PixelRows16& p, const Reader& reader, BFloat16* to,
+                            int64_t step) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const BFloat16* from = p.x + row * p.step;
+    if (reader.scale) {
+      activate_run<true>(from, p.channels, p.ahead, reader.scale, reader.shift, to + row * step);
+    } else {
+      activate_run<false>(from, p.channels, p.ahead, nullptr, nullptr, to + row * step);
     }
   }
+}
+
+void write_pixels(const PixelRows16& p, const Reader& reader, BFloat16* to) {
+  activate(p, reader, to, p.channels);
+}
+
+void pack_pixels(const PixelRows16& p, const Reader& reader, BFloat16* to) {
+  activate(p, reader, to, kRowStep16);
   pad(to, p.rows, p.channels);
 }
 
@@ -80,7 +70,7 @@ BAGSSL_INLINE void copy_run(const BFloat16* from, int64_t count, BFloat16* to) {
   }
 }
 
-void pack_windows(const Windows16& w, const Packed16& to) {
+void pack_windows(const Windows16& w, BFloat16* to) {
   const Run16& last = w.runs[w.count - 1];
   const int64_t reach = last.from + last.count + kPanel16;
   int64_t x = w.first % w.out_width, above = w.first / w.out_width;
@@ -90,7 +80,7 @@ void pack_windows(const Windows16& w, const Packed16& to) {
     const BFloat16* corner = w.maps + pixel * w.channels;
     const bool inside = w.end - corner >= reach;
     for (const Run16* run = w.runs; run != w.runs + w.count; ++run) {
-      BFloat16* out = row_of(to, row, run->to);
+      BFloat16* out = to + row * kRowStep16 + run->to;
       if (inside) {
         copy_run<false>(corner + run->from, run->count, out);
       } else {
@@ -127,47 +117,79 @@ BAGSSL_INLINE void pack_gradient_run(const BFloat16* g, const BFloat16* y, int64
   }
 }
 
-void pack_gradient(const GradientRows16& p, const Packed16& to) {
-  const int64_t ahead = p.rows * p.channels;
-  if (!p.slope) return pack_pixels({p.g, p.rows, p.channels, ahead}, {}, to);
-  for (int64_t first = 0; first < p.channels; first += kBlock16) {
-    const int64_t count = at_most(kBlock16, p.channels - first);
-    for (int64_t row = 0; row < p.rows; ++row) {
-      const int64_t at = row * p.channels + first;
-      pack_gradient_run(p.g + at, p.y + at, count, ahead, p.slope + first, p.offset + first,
-                        row_of(to, row, first));
-    }
+BAGSSL_INLINE void gradients(const GradientRows16& p, BFloat16* to, int64_t step) {
+  if (!p.slope) return activate(p.g, {}, to, step);
+  for (int64_t row = 0; row < p.g.rows; ++row) {
+    const int64_t at = row * p.g.step;
+    pack_gradient_run(p.g.x + at, p.y + at, p.g.channels, p.g.ahead, p.slope, p.offset,
+                      to + row * step);
   }
-  pad(to, p.rows, p.channels);
 }
 
-void transpose(const Packed16& from, int64_t rows, int64_t columns, const Packed16& to) {
+void write_gradient(const GradientRows16& p, BFloat16* to) { gradients(p, to, p.g.channels); }
+
+void pack_gradient(const GradientRows16& p, BFloat16* to) {
+  gradients(p, to, kRowStep16);
+  pad(to, p.g.rows, p.g.channels);
+}
+
+void transpose(const BFloat16* from, int64_t rows, int64_t columns, BFloat16* to) {
   for (int64_t column = 0; column < columns; column += 8) {
     for (int64_t row = 0; row < rows; row += 32) {
-      transpose(row_of(from, row, column), row_of(to, column, row));
+      transpose(from + row * kRowStep16 + column, to + column * kRowStep16 + row);
     }
   }
 }
 
-void interleave(const Packed16& from, int64_t rows, int64_t columns, const Packed16& to) {
-  for (int64_t row = 0; row < rows; row += 2) {
+BAGSSL_INLINE int64_t pairs_at(int64_t column) {
+  constexpr int64_t kHalf = kMost16 / 2;
+  return column / kHalf * kPairStep16 + column % kHalf * 2;
+}
+
+void interleave(const BFloat16* from, int64_t rows, int64_t columns, BFloat16* to) {
+  for (int64_t row = 0; row < rows; row += 2, from += 2 * kRowStep16, to += kRowStep16) {
     for (int64_t column = 0; column < columns; column += kPanel16) {
-      interleave(row_of(from, row, column), row_of(from, row + 1, column),
-                 row_of(to, row / 2, 2 * column));
+      interleave(from + column, from + kRowStep16 + column, to + pairs_at(column));
     }
   }
   // The product reads whole panels of pairs.
-  for (int64_t row = (rows + 1) / 2; row % 16 != 0; ++row) {
-    for (int64_t column = 0; column < 2 * columns; column += kPanel16) {
-      store_zeros(row_of(to, row, column));
+  for (int64_t row = (rows + 1) / 2; row % 16 != 0; ++row, to += kRowStep16) {
+    for (int64_t column = 0; column < columns; column += kPanel16) {
+      store_zeros(to + pairs_at(column));
+      store_zeros(to + pairs_at(column) + kPanel16);
     }
   }
 }
 
 // ----------------------------------------------------------------------------------- products
 
-BAGSSL_INLINE const BFloat16* panel_of(const BFloat16* weight, int64_t column, int64_t steps) {
-  return weight + column * ((steps + kPanel16 - 1) / kPanel16 * kPanel16);
+/// work(tile, its first column, its first row) with the tiles of a product, when all of its blocks
+/// are summed. It works on one tile while the next is computed.
+template <typename Work>
+BAGSSL_INLINE void for_tiles(const Product16& p, Work work) {
+  const Tiles tiles;
+  alignas(64) float buffers[2][kPanel16 * kPanel16];
+  const float* done = nullptr;
+  int64_t done_column = 0, done_row = 0, index = 0;
+  const BFloat16* panel = p.weight;
+  for (int64_t column = 0; column < p.columns; column += kPanel16, panel += p.of_panel) {
+    for (int64_t row = 0; row < p.rows; row += kPanel16, ++index) {
+      float* tile = p.tiles ? p.tiles + index * kPanel16 * kPanel16 : buffers[index % 2];
+      const int64_t rows = at_most(kPanel16, p.rows - row), pairs = (p.steps + 1) / 2;
+      const BFloat16* a = p.a + row * kRowStep16;
+      if (p.first) {
+        product<false, 2 * kPanel16>(rows, a, panel, pairs, tile, kPanel16);
+      } else {
+        product<true, 2 * kPanel16>(rows, a, panel, pairs, tile, kPanel16);
+      }
+      if (!p.last) continue;
+      if (done) work(done, done_column, done_row);
+      done = tile;
+      done_column = column;
+      done_row = row;
+    }
+  }
+  if (done) work(done, done_column, done_row);
 }
 
 /// Where a tile of outputs goes: its first, `step` apart, and what is summed of its columns.
@@ -229,31 +251,13 @@ BAGSSL_INLINE void finish(const float* tile, const Outputs& o) {
   }
 }
 
-void forward(const ForwardChunk16& c) {
-  const Tiles tiles;
-  // One tile is finished while the next is computed.
-  alignas(64) float buffers[2][kPanel16 * kPanel16];
-  Outputs last{};
-  int at = 0;
-  for (int64_t first = 0; first < c.channels; first += kPanel16) {
-    const BFloat16* panel = panel_of(c.weight, first, c.steps);
-    for (int64_t row = 0; row < c.rows; row += kPanel16, at ^= 1) {
-      const int64_t rows = at_most(kPanel16, c.rows - row);
-      product<false, 2 * kPanel16>(rows, row_of(c.a, row, 0), c.a.block, panel, (c.steps + 1) / 2,
-                                   buffers[at], kPanel16);
-      finish(buffers[at ^ 1], last);
-      last = {c.y + row * c.channels + first,
-              rows,
-              at_most(kPanel16, c.channels - first),
-              c.channels,
-              c.rows * c.channels,
-              c.center + first,
-              c.sums ? c.sums + first : nullptr,
-              c.squares + first,
-              c.centered || row > 0};
-    }
-  }
-  finish(buffers[at ^ 1], last);
+void forward(const Product16& p, const Outputs16& to) {
+  for_tiles(p, [&](const float* tile, int64_t column, int64_t row) {
+    finish(tile, {to.y + row * to.channels + column, at_most(kPanel16, p.rows - row),
+                  at_most(kPanel16, to.channels - column), to.channels, p.rows * to.channels,
+                  to.center + column, to.sums ? to.sums + column : nullptr, to.squares + column,
+                  to.centered || row > 0});
+  });
 }
 
 // ----------------------------------------------------------------------------------- backward
@@ -321,47 +325,30 @@ BAGSSL_INLINE void mask_some(const MaskChunk16& m, int64_t first, int64_t last) 
 
 void mask(const MaskChunk16& m) { mask_some(m, 0, m.channels); }
 
-void data(const DataChunk16& c, const MaskChunk16& all) {
-  const Tiles tiles;
-  // One tile is masked while the next is computed.
-  alignas(64) float buffers[2][kPanel16 * kPanel16];
-  MaskChunk16 last = all;
-  last.g_step = kPanel16;
-  int64_t of_last = all.channels;  // no channel of none
-  int at = 0;
-  const auto finish_last = [&](const float* tile) {
-    last.g = tile - of_last;
-    mask_some(last, of_last, at_most(of_last + kPanel16, all.channels));
-  };
-  for (int64_t first = 0; first < all.channels; first += kPanel16) {
-    for (int64_t row = 0; row < c.rows; row += kPanel16, at ^= 1) {
-      const int64_t rows = at_most(kPanel16, c.rows - row);
-      product<false, 2 * kPanel16>(rows, row_of(c.dy, row, 0), c.dy.block,
-                                   panel_of(c.weight, first, c.steps), (c.steps + 1) / 2,
-                                   buffers[at], kPanel16);
-      finish_last(buffers[at ^ 1]);
-      last.x = all.x + row * all.channels;
-      last.dx = all.dx + row * all.channels;
-      last.rows = rows;
-      of_last = first;
-    }
-  }
-  finish_last(buffers[at ^ 1]);
+void data(const Product16& p, const MaskChunk16& all) {
+  for_tiles(p, [&](const float* tile, int64_t column, int64_t row) {
+    MaskChunk16 part = all;
+    part.g = tile - column;
+    part.g_step = kPanel16;
+    part.x += row * all.channels;
+    part.dx += row * all.channels;
+    part.rows = at_most(kPanel16, p.rows - row);
+    mask_some(part, column, at_most(column + kPanel16, all.channels));
+  });
 }
 
-void data_scattered(const DataChunk16& c, const Scatter16& to) {
-  const Tiles tiles;
+void data_scattered(const Product16& p, const Scatter16& to) {
   // All taps of some channels before the next channels: they add to the same places.
-  const int64_t panels = c.columns / kPanel16, taps = panels / to.of_tap;
-  for (int64_t i = 0; i < panels; ++i) {
+  const int64_t taps = p.columns / kPanel16 / to.of_tap;
+  for (int64_t i = 0; i < p.columns / kPanel16; ++i) {
     const int64_t panel = i % taps * to.of_tap + i / taps;
-    for (int64_t row = 0; row < c.rows; row += kPanel16) {
-      alignas(64) float tile[kPanel16 * kPanel16];
-      const int64_t rows = at_most(kPanel16, c.rows - row);
-      product<false, 2 * kPanel16>(rows, row_of(c.dy, row, 0), c.dy.block,
-                                   panel_of(c.weight, panel * kPanel16, c.steps), (c.steps + 1) / 2,
-                                   tile, kPanel16);
-      float* maps = to.maps + to.panels[panel];
+    Product16 part = p;
+    part.weight += panel * p.of_panel;
+    part.columns = kPanel16;
+    part.first = part.last = true;
+    float* maps = to.maps + to.panels[panel];
+    for_tiles(part, [&](const float* tile, int64_t, int64_t row) {
+      const int64_t rows = at_most(kPanel16, p.rows - row);
       for (int64_t r = 0; r < rows; ++r) {
         float* out = maps + to.rows[row + r];
         BAGSSL_UNROLL
@@ -369,21 +356,21 @@ void data_scattered(const DataChunk16& c, const Scatter16& to) {
           store(out + v, load(out + v) + load(tile + r * kPanel16 + v));
         }
       }
-    }
+    });
   }
 }
 
-void weight(const Packed16& dy, const Packed16& a, int64_t rows, int64_t steps, int64_t channels,
-            float* dweight, int64_t step) {
+void weight(const BFloat16* turned, const BFloat16* pairs, int64_t rows, int64_t steps,
+            int64_t channels, float* dweight, int64_t step) {
   const Tiles tiles;
   for (int64_t n = 0; n < channels; n += kPanel16) {
     for (int64_t k = 0; k < steps; k += kPanel16) {
-      product<true, kRowStep16>(at_most(kPanel16, channels - n), row_of(dy, n, 0), dy.block,
-                                row_of(a, 0, 2 * k), (rows + 1) / 2, dweight + n * step + k, step);
+      product<true, kRowStep16>(at_most(kPanel16, channels - n), turned + n * kRowStep16,
+                                pairs + pairs_at(k), (rows + 1) / 2, dweight + n * step + k, step);
     }
   }
 }
 
-constexpr ConvLoops16 kLoops = {kOrder,        pack_pixels,    activate,   pack_windows,
-                                pack_gradient, transpose,      interleave, forward,
-                                data,          data_scattered, mask,       weight};
+constexpr ConvLoops16 kLoops = {
+    kOrder,     pack_pixels, pack_windows, pack_gradient,  write_pixels, write_gradient, transpose,
+    interleave, forward,     data,         data_scattered, mask,         weight};

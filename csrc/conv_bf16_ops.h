@@ -8,22 +8,20 @@
 namespace bagssl {
 
 constexpr int64_t kPanel16 = 32;     ///< rows and columns of a tile of a product
-constexpr int64_t kBlock16 = 512;    ///< columns of a packed matrix that are together
+constexpr int64_t kMost16 = 512;     ///< columns that are packed at a time, and rows
 constexpr int64_t kRowStep16 = 544;  ///< numbers from row to row: an odd number of cache lines
+constexpr int64_t kPairStep16 = (kMost16 / 2 + kPanel16) * kRowStep16;
 
-/// A matrix whose entry (row, k) is at data[k / kBlock16 * block + row * kRowStep16 + k %
-/// kBlock16], with zeros up to whole panels of rows and columns. Or its rows in pairs: half the
-/// rows, and twice the columns, those of a pair beside each other. A panel behind each row and
-/// behind the last is read and written, and means nothing.
-struct Packed16 {
-  BFloat16* data;
-  int64_t block;
-};
+// A packed matrix has rows of up to kMost16 columns, kRowStep16 apart, with zeros up to whole
+// panels of rows and columns. Pairs are the same matrix with two rows in one, the columns of both
+// beside each other: kMost16 / 2 columns, and the others kPairStep16 behind them. A panel behind
+// each row and behind the last is read and written, and means nothing.
 
-/// Some pixels of maps, one after the other.
+/// Some channels of pixels, one pixel after the other.
 struct PixelRows16 {
-  const BFloat16* x;  ///< of the first
+  const BFloat16* x;  ///< of the first pixel
   int64_t rows, channels;
+  int64_t step;   ///< numbers from pixel to pixel
   int64_t ahead;  ///< numbers from here to what will be read next
 };
 
@@ -33,7 +31,7 @@ struct Run16 {
 };
 
 /// Windows over maps in which what is padded is written: row by row of outputs, those of numbers
-/// [first, first + rows).
+/// [first, first + rows), `columns` of each.
 struct Windows16 {
   const BFloat16 *maps, *end;  ///< nothing is read from `end` on
   int64_t height, width, channels, stride, out_height, out_width;
@@ -42,23 +40,31 @@ struct Windows16 {
   int64_t count, columns;
 };
 
-struct ForwardChunk16 {
-  Packed16 a;
-  int64_t rows, steps;
-  const BFloat16* weight;  ///< panels of pairs
-  BFloat16* y;             ///< of the first row
-  int64_t channels;
-  /// Of y - center, of whole panels; added to. Null: not computed.
-  float *sums, *squares;
-  float* center;
-  bool centered;  ///< else center becomes the first row
+/// dy = g + slope * y + offset, as PixelRows16; null slope: dy = g.
+struct GradientRows16 {
+  PixelRows16 g;
+  const BFloat16* y;
+  const float *slope, *offset;
 };
 
-/// dy = g + slope * y + offset; null slope: dy = g.
-struct GradientRows16 {
-  const BFloat16 *g, *y;  ///< of the first row
-  const float *slope, *offset;
-  int64_t rows, channels;
+/// A block of the steps of a product of packed rows and panels of pairs of weights.
+struct Product16 {
+  const BFloat16* a;
+  int64_t rows, steps;
+  const BFloat16* weight;  ///< the first panel's, from this block on
+  int64_t of_panel;        ///< numbers of a panel
+  int64_t columns;
+  float* tiles;      ///< [columns / 32][rows / 32][32][32], for sums of more than one block
+  bool first, last;  ///< of the blocks
+};
+
+/// Where outputs go, and what is summed of them: of y - center, of whole panels, added to.
+struct Outputs16 {
+  BFloat16* y;  ///< of the first row
+  int64_t channels;
+  float *sums, *squares;  ///< null sums: neither
+  float* center;
+  bool centered;  ///< else center becomes the first row
 };
 
 /// Gradients of an activation become those of what it was made from.
@@ -73,14 +79,7 @@ struct MaskChunk16 {
   float *dscale, *dshift;  ///< added to; of whole panels
 };
 
-struct DataChunk16 {
-  Packed16 dy;
-  int64_t rows, steps;
-  const BFloat16* weight;  ///< panels of pairs, transposed
-  int64_t columns;         ///< of all panels
-};
-
-/// Where the panels of a DataChunk16 are added to maps.
+/// Where the panels of a product are added to maps.
 struct Scatter16 {
   float* maps;
   const int64_t* rows;    ///< offset of each row
@@ -91,19 +90,21 @@ struct Scatter16 {
 /// The loops over numbers, once per SIMD level; the rest is conv_bf16.cpp.
 struct ConvLoops16 {
   const int8_t* order;  ///< of the columns of each panel of dweight
-  void (*pack_pixels)(const PixelRows16& rows, const Reader& reader, const Packed16& to);
-  void (*activate)(const PixelRows16& rows, const Reader& reader, BFloat16* to);
-  void (*pack_windows)(const Windows16& windows, const Packed16& to);
-  void (*pack_gradient)(const GradientRows16& rows, const Packed16& to);
-  void (*transpose)(const Packed16& from, int64_t rows, int64_t columns, const Packed16& to);
-  void (*interleave)(const Packed16& from, int64_t rows, int64_t columns, const Packed16& to);
-  void (*forward)(const ForwardChunk16& chunk);
+  void (*pack_pixels)(const PixelRows16& rows, const Reader& reader, BFloat16* to);
+  void (*pack_windows)(const Windows16& windows, BFloat16* to);
+  void (*pack_gradient)(const GradientRows16& rows, BFloat16* to);
+  /// As the two of pixels, one after the other.
+  void (*write_pixels)(const PixelRows16& rows, const Reader& reader, BFloat16* to);
+  void (*write_gradient)(const GradientRows16& rows, BFloat16* to);
+  void (*transpose)(const BFloat16* from, int64_t rows, int64_t columns, BFloat16* to);
+  void (*interleave)(const BFloat16* from, int64_t rows, int64_t columns, BFloat16* to);
+  void (*forward)(const Product16& product, const Outputs16& to);
   /// dx of pixels whose gradients are the columns of the product; `mask` without its g.
-  void (*data)(const DataChunk16& chunk, const MaskChunk16& mask);
-  void (*data_scattered)(const DataChunk16& chunk, const Scatter16& to);
+  void (*data)(const Product16& product, const MaskChunk16& mask);
+  void (*data_scattered)(const Product16& product, const Scatter16& to);
   void (*mask)(const MaskChunk16& chunk);
-  /// dweight [channels][steps], rows `step` apart, of dy transposed and the pairs of a.
-  void (*weight)(const Packed16& dy, const Packed16& a, int64_t rows, int64_t steps,
+  /// dweight [channels][steps], rows `step` apart, of transposed rows and pairs; added to.
+  void (*weight)(const BFloat16* turned, const BFloat16* pairs, int64_t rows, int64_t steps,
                  int64_t channels, float* dweight, int64_t step);
 };
 

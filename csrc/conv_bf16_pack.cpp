@@ -8,23 +8,9 @@ namespace bagssl {
 
 const ConvLoops16& conv_loops16() { return *BAGSSL_PICK(kLoops); }
 
-int64_t chunk_rows16(int64_t columns) {
-  const int64_t fit = kChunkNumbers16 / columns / kPanel16 * kPanel16;
-  return std::clamp(fit, kPanel16, kChunkRows16);
-}
-
-int64_t packed_floats16(int64_t rows, int64_t columns) {
-  return ceil_div(columns, kBlock16) * (round_up(rows, kPanel16) + kPanel16) * kRowStep16 / 2;
-}
-
-Packed16 packed16(Pieces& pieces, int64_t rows, int64_t columns) {
-  BFloat16* data = take16(pieces, 2 * packed_floats16(rows, columns));
-  return {data, (round_up(rows, kPanel16) + kPanel16) * kRowStep16};
-}
-
 void pack_weight16(const float* weight, const KernelStrides& strides, const ConvGeometry& s,
                    BFloat16* out, ThreadPool& pool) {
-  const int64_t of_panel = round_up(s.steps(), kPanel16) * kPanel16;
+  const int64_t of_panel = panel_numbers16(s.steps());
   pool.parallel_for(ceil_div(s.out_channels, kPanel16), [&](int, int64_t item) {
     const int64_t first = item * kPanel16, width = std::min(kPanel16, s.out_channels - first);
     BFloat16* to = out + item * of_panel;
@@ -49,7 +35,7 @@ void pack_weight16(const float* weight, const KernelStrides& strides, const Conv
 
 void pack_transposed16(const float* weight, const KernelStrides& strides, const ConvGeometry& s,
                        BFloat16* out, ThreadPool& pool) {
-  const int64_t of_panel = round_up(s.out_channels, kPanel16) * kPanel16;
+  const int64_t of_panel = panel_numbers16(s.out_channels);
   const int64_t of_tap = ceil_div(s.channels, kPanel16);
   pool.parallel_for(s.taps() * of_tap, [&](int, int64_t item) {
     const int64_t tap = item / of_tap, first = item % of_tap * kPanel16;
@@ -67,54 +53,63 @@ void pack_transposed16(const float* weight, const KernelStrides& strides, const 
   });
 }
 
-Activation16::Activation16(const ConvGeometry& s, const MapsOf<BFloat16>& x, const Reader& reader,
-                           int64_t images, Pieces& pieces)
-    : s_(s), x_(x), reader_(reader), maps_(nullptr) {
-  if (s.pointwise()) return;
-  if (is_copied(s, x)) {
-    // Numbers behind the last are read and mean nothing.
-    maps_ = take16(pieces, images * map_numbers(s) + kPanel16);
-    std::fill_n(maps_, images * map_numbers(s), BFloat16{0});
+WindowRows16::WindowRows16(const ConvGeometry& s, const BFloat16* maps, int64_t images,
+                           Pieces& pieces)
+    : s_(s), maps_(maps), copies_(nullptr), blocks_(s.steps()), runs_(blocks_.count()) {
+  if (!maps) {
+    copies_ = take16(pieces, copy_floats(s, images));
+    numbers_ = images * map_numbers(s) + kPanel16;
+    std::fill_n(copies_, numbers_, BFloat16{0});
   }
   // Pixels of a row of the window are neighbors.
   const int64_t length = s.kernel_width * s.channels;
   int64_t k = 0;
   for (int64_t i = 0; i < s.kernel_height; ++i) {
     for (int64_t c = 0, count; c < length; c += count, k += count) {
-      count = std::min(length - c, kBlock16 - k % kBlock16);
-      runs_.push_back({i * (s.width + 2 * s.padding) * s.channels + c, k, count});
+      count = std::min(length - c, blocks_.length - k % blocks_.length);
+      const int64_t from = i * (s.width + 2 * s.padding) * s.channels + c;
+      runs_[k / blocks_.length].push_back({from, k % blocks_.length, count});
     }
   }
+}
+
+void WindowRows16::pack(int64_t first, int64_t rows, int64_t block, BFloat16* to) const {
+  const int64_t before = copies_ ? first_ * s_.out_height * s_.out_width : 0;
+  const BFloat16* end = copies_ ? copies_ + numbers_ : maps_ + s_.n * map_numbers(s_);
+  const std::vector<Run16>& runs = runs_[block];
+  conv_loops16().pack_windows(
+      {copies_ ? copies_ : maps_, end, s_.height + 2 * s_.padding, s_.width + 2 * s_.padding,
+       s_.channels, s_.stride, s_.out_height, s_.out_width, first - before, rows, runs.data(),
+       int64_t(runs.size()), blocks_.length_of(block)},
+      to);
 }
 
 void Activation16::take(int64_t first, int64_t last) {
-  first_ = first;
-  if (!maps_) return;
-  const int64_t width = s_.width + 2 * s_.padding;
-  const int64_t ahead = (last - first) * s_.height * s_.width * s_.channels;
+  if (!is_copied(s_, x_)) return;
+  windows_.begin(first);
+  const int64_t row = s_.width * s_.channels, ahead = (last - first) * s_.height * row;
   for (int64_t image = first; image < last; ++image) {
-    BFloat16* map = maps_ + (image - first) * map_numbers(s_);
-    const BFloat16* from = x_.y + image * s_.height * s_.width * s_.channels;
     for (int64_t y = 0; y < s_.height; ++y) {
-      const int64_t inside = (y + s_.padding) * width + s_.padding;
-      conv_loops16().activate({from + y * s_.width * s_.channels, s_.width, s_.channels, ahead},
-                              reader_, map + inside * s_.channels);
+      conv_loops16().write_pixels(
+          {x_.y + (image * s_.height + y) * row, s_.width, s_.channels, s_.channels, ahead},
+          reader_, windows_.row(image, y));
     }
   }
 }
 
-void Activation16::pack(int64_t first, int64_t rows, const Packed16& to) const {
-  if (s_.pointwise()) {
-    conv_loops16().pack_pixels({x_.y + first * s_.channels, rows, s_.channels, rows * s_.channels},
-                               reader_, to);
-    return;
-  }
-  const int64_t before = maps_ ? first_ * s_.out_height * s_.out_width : 0;
-  const BFloat16* x_end = x_.y + s_.n * s_.height * s_.width * s_.channels;
-  conv_loops16().pack_windows(
-      {maps_ ? maps_ : x_.y, maps_ ? nullptr : x_end, s_.height + 2 * s_.padding,
-       s_.width + 2 * s_.padding, s_.channels, s_.stride, s_.out_height, s_.out_width,
-       first - before, rows, runs_.data(), int64_t(runs_.size()), s_.steps()},
+void Activation16::pack(int64_t first, int64_t rows, int64_t block, BFloat16* to) const {
+  if (!s_.pointwise()) return windows_.pack(first, rows, block, to);
+  pack_block16(x_, reader_, s_.channels, block, first, rows, to);
+}
+
+void pack_block16(const MapsOf<BFloat16>& x, const Reader& reader, int64_t channels, int64_t block,
+                  int64_t first, int64_t rows, BFloat16* to) {
+  const Blocks16 blocks(channels);
+  const int64_t c = blocks.first(block);
+  Reader part{};
+  if (reader.scale) part = {reader.scale + c, reader.shift + c, reader.center + c};
+  conv_loops16().pack_pixels(
+      {x.y + first * channels + c, rows, blocks.length_of(block), channels, rows * channels}, part,
       to);
 }
 
