@@ -4,15 +4,19 @@ PatchNet's blocks on 1,024 patches of 16x16 and ResNet-18's on 64 patches of 32x
 both networks whole, with their means over the patch and ResNet-18's residual sums. A block of ours
 reads a deferred activation, returns one: it applies the normalization below it, and leaves its own
 to the next; in a chain every normalization is counted once, as in torch's. Parity is checked
-against float64, inputs being such that no ReLU is near its edge.
+against float64, inputs being such that no ReLU is near its edge. Where the processor computes
+bfloat16, every case comes again in it: ours and torch's layers under autocast.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from bagssl_fast import ops
+from bagssl_fast import machine, ops
 from bagssl_fast.models.blocks import conv_bn_relu
 from bagssl_fast.models.encoders import build_encoder
 from bagssl_fast.models.patchnet import PatchNet
@@ -42,6 +46,18 @@ WHOLE = {
 }
 
 
+BF16 = ", bf16"  # ends the names of cases under autocast
+
+
+def split(case_id: str) -> tuple[str, bool]:
+    """The name of a case in float32, and whether this one is in bfloat16."""
+    return case_id.removesuffix(BF16), case_id.endswith(BF16)
+
+
+def autocast(bf16: bool) -> Any:
+    return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+
+
 def layers_of(case_id: str) -> nn.Sequential:
     _, channels, out, kernel, stride, padding, _ = SHAPES[case_id]
     conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
@@ -57,9 +73,12 @@ def input_of(case_id: str) -> Tensor:
 
 def build(provider: str, case_id: str) -> Call:
     torch.manual_seed(0)
+    case_id, bf16 = split(case_id)
     if case_id in WHOLE:
-        return build_whole(provider, case_id)
+        return build_whole(provider, case_id, bf16)
     block, x = layers_of(case_id), input_of(case_id)
+    if bf16 and x.shape[1] > 3:
+        x = x.bfloat16()  # what the block below gives
     image = x.shape[1] == 3
     if provider == OURS:
         vectors = [v.expand(x.shape[1]).clone() for v in torch.tensor([[0.0], [1.0], [0.0]])]
@@ -67,7 +86,8 @@ def build(provider: str, case_id: str) -> Call:
         given = x if image else ops.Deferred(x, *vectors)
 
         def call() -> list[Tensor]:
-            out = conv_bn_relu(given, block[0], block[1])
+            with autocast(bf16):
+                out = conv_bn_relu(given, block[0], block[1])
             read = (out.y, out.scale, out.shift)
             grads = [torch.ones_like(v) for v in read]
             return [out.y.detach(), *torch.autograd.grad(read, [*wrt, *block.parameters()], grads)]
@@ -77,14 +97,15 @@ def build(provider: str, case_id: str) -> Call:
     wrt = [] if image else [x.requires_grad_()]
 
     def call_layers() -> list[Tensor]:
-        y = run(x)
+        with autocast(bf16):
+            y = run(x)
         grads = torch.autograd.grad(y, [*wrt, *block.parameters()], torch.ones_like(y))
         return [y.detach(), *grads]
 
     return call_layers
 
 
-def build_whole(provider: str, case_id: str) -> Call:
+def build_whole(provider: str, case_id: str, bf16: bool) -> Call:
     net = PatchNet(16) if case_id.startswith("PatchNet") else build_encoder("resnet18", 32)
     net = net.to(memory_format=torch.channels_last)
     x = input_of(WHOLE[case_id])
@@ -92,7 +113,8 @@ def build_whole(provider: str, case_id: str) -> Call:
 
     def call() -> list[Tensor]:
         with ops.use_impl(None if provider == OURS else "reference"):
-            y = run(x)
+            with autocast(bf16):
+                y = run(x)
             return [y.detach(), *torch.autograd.grad(y, [*net.parameters()], torch.ones_like(y))]
 
     return call
@@ -101,18 +123,21 @@ def build_whole(provider: str, case_id: str) -> Call:
 def parity(provider: str, case_id: str) -> Call:
     """A block's activation and gradients; each channel is positive throughout or nowhere."""
     torch.manual_seed(0)
+    case_id, bf16 = split(case_id)
     block = layers_of(WHOLE.get(case_id, case_id))
     x = input_of(WHOLE.get(case_id, case_id))[:32]
     with torch.no_grad():
         block[1].bias.copy_(10 * torch.randint(0, 2, block[1].bias.shape) - 5)
     dy = torch.randn_like(block(x))
-    if provider == LAYERS:
+    exact = provider == LAYERS
+    if exact:
         block, x, dy = block.double(), x.double(), dy.double()
     x.requires_grad_()
 
     def call() -> list[Tensor]:
-        y = block(x) if provider != OURS else ops.applied(conv_bn_relu(x, block[0], block[1]))
-        return [y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], dy)]
+        with autocast(bf16 and not exact):
+            y = block(x) if provider != OURS else ops.applied(conv_bn_relu(x, block[0], block[1]))
+        return [y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], dy.to(y))]
 
     return call
 
@@ -148,6 +173,17 @@ CASES = [
     ),
     *map(case, SHAPES),
 ]  # fmt: skip
+
+
+def in_bf16(case: OpCase) -> OpCase:
+    """The same under autocast; the floors are float32's. Products have another peak there."""
+    return replace(
+        case, id=case.id + BF16, flops=0.0, bytes=case.bytes / 2, tolerance=2e-2, quick=False
+    )
+
+
+if machine.computes_bf16(machine.cpu_flags()):
+    CASES += map(in_bf16, CASES[:])
 
 if __name__ == "__main__":
     main("bench_conv_bn_relu", __doc__, CASES, build)

@@ -32,6 +32,7 @@ class Setup:
         device: "cpu" or "cuda".
         threads: CPU threads of torch, and as many of the data path.
         synthetic: No data path: one random batch is repeated.
+        precision: fp32 or bf16, of everything under autocast.
         seed: Of the order of the images and of the augmentation, if a system draws them itself;
             others use torch's global generator.
     """
@@ -44,6 +45,7 @@ class Setup:
     threads: int = 1
     synthetic: bool = False
     seed: int = 0
+    precision: str = "fp32"
 
     @property
     def indices(self) -> list[int]:
@@ -51,8 +53,8 @@ class Setup:
         return [i % len(self.images) for i in range(self.steps * self.case.batch)]
 
     def autocast(self) -> Any:
-        """bfloat16 on a GPU, as all systems are trained there."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+        """The precision of the case, as a context."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 class System:

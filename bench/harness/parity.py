@@ -27,7 +27,7 @@ IMAGES = 8  # of a parity check; a compiled system takes its own batch, whose co
 # Relative: of the loss, of the gradient. Channels-last (torch 2.14, CPU), gradients through
 # batch norm have errors up to 5e-3, plain torch's as ours; contiguous ones 1e-6.
 # bfloat16 has 8 bits.
-TOLERANCE = {"cpu": (1e-4, 1e-2), "cuda": (2e-2, 0.2)}
+TOLERANCE = {"fp32": (1e-4, 1e-2), "bf16": (2e-2, 0.2)}
 
 
 class Parity(NamedTuple):
@@ -60,7 +60,7 @@ def check(system: System) -> Parity:
     loss = max(errors.loss for errors in found)
     gradient = max(errors.gradient for errors in found)
     seconds = found[-1].seconds  # in training mode
-    most = TOLERANCE[system.setup.device]
+    most = TOLERANCE[system.setup.precision]
     return Parity(loss, gradient, loss <= most[0] and gradient <= most[1], seconds)
 
 

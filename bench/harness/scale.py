@@ -63,7 +63,9 @@ def training_steps(bench: Any, case: Case) -> Calls:
     o = bench.options
     images = bench.images("cifar", 8)
     weights = initial_weights(case)
-    setup = Setup(case, images, weights, 1, o.device, o.threads, synthetic=True)
+    setup = Setup(
+        case, images, weights, 1, o.device, o.threads, synthetic=True, precision=o.precision
+    )
 
     def call(system: System) -> Callable[[], Any]:
         laps = Laps(clock(o.device))
