@@ -73,7 +73,9 @@ class TestEqual:
     @pytest.mark.parametrize("world", many_ranks.WORLDS[1:])
     @pytest.mark.parametrize("case", [*EQUAL, "resnet18, torch.float64"])
     def test_float64_leaves_nothing_but_its_rounding(self, jobs, case, world):
-        one, many = (torch.load(jobs / f"equal {n}" / "exact.pt")[case] for n in (1, world))
+        one, many = (
+            torch.load(jobs / f"equal {n}" / "exact.pt", mmap=True)[case] for n in (1, world)
+        )
         for key, weight in one.items():
             torch.testing.assert_close(many[key], weight, rtol=1e-11, atol=1e-12, msg=key)
 
@@ -89,8 +91,8 @@ class TestEqual:
             return max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
 
         names = ("resnet18, torch.float32", "resnet18, torch.float64")
-        one, exact = (torch.load(jobs / "equal 1" / "exact.pt")[name] for name in names)
-        many = torch.load(jobs / f"equal {world}" / "exact.pt")[names[0]]
+        one, exact = (torch.load(jobs / "equal 1" / "exact.pt", mmap=True)[name] for name in names)
+        many = torch.load(jobs / f"equal {world}" / "exact.pt", mmap=True)[names[0]]
         assert distance(many, one) < 3 * distance(one, exact)
 
 
