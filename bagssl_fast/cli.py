@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ FREE_KEYS = re.compile(
 )
 
 
+@functools.cache  # making it takes longer than reading by it
 def make_parser() -> Parser:
     """The parser of the trainer's command line: every field of `Config` is an option."""
     recipes = ", ".join(recipe_names())

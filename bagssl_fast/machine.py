@@ -50,10 +50,13 @@ def tune_process() -> None:
     """Sets what torch and the C library take from the process; call it before torch is imported.
 
     Threads of OpenMP that wait for work sleep instead of spinning: the loader needs the cores.
-    OpenMP reads that once, when torch loads it.
+    OpenMP reads that once, when torch loads it. Of a process that left, torch's C++ tells the
+    others by pages of stack frames: we say it in one line.
     """
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     keep_freed_memory()
 
 

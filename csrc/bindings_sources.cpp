@@ -221,6 +221,13 @@ void register_sources(py::module_& m) {
   m.attr("MAX_SCANS") = Limits().max_scans;
   m.def("available_cpus", &available_cpus, "CPUs that this process may use.");
   m.def("quota_cpus", &quota_cpus, py::arg("root"), "The quota of its control group, 0 for none.");
+  m.def(
+      "count_scans",
+      [](const py::bytes& file) {
+        const std::string_view bytes = file;
+        return count_scans(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size());
+      },
+      py::arg("file"), "How many scans a JPEG has.");
   m.def("index_tar", &index_tar_file, py::arg("path"),
         "The regular files of a tar archive: names, name_ends, offsets, sizes, damage.");
   m.def("decode_many", &decode_many, py::arg("files"), py::arg("threads"), py::arg("decoder"),

@@ -43,6 +43,11 @@ ImageSize ImageReader::open(const Item& item) {
     check_size(size_);
     return size_;
   }
+#else
+  if (looks_like_jpeg(item.data, item.size) &&
+      count_scans(item.data, item.size) > limits_.max_scans) {
+    throw std::runtime_error(too_many_scans(limits_.max_scans));
+  }
 #endif
   if (!fallback_)
     throw std::runtime_error("not a JPEG, and no decoder for other formats was given");

@@ -27,6 +27,34 @@ bool has_native_jpeg() {
 #endif
 }
 
+int count_scans(const uint8_t* data, size_t size) {
+  constexpr uint8_t kStuffed = 0x00, kAlone = 0x01, kRestart0 = 0xD0, kStart = 0xD8, kEnd = 0xD9,
+                    kScan = 0xDA;
+  int scans = 0;
+  const uint8_t* const end = data + size;
+  const uint8_t* at = data;
+  while (at < end) {
+    at = static_cast<const uint8_t*>(std::memchr(at, 0xFF, static_cast<size_t>(end - at)));
+    if (at == nullptr) break;
+    while (at < end && *at == 0xFF) ++at;
+    if (at == end) break;
+    const uint8_t marker = *at++;
+    if (marker == kEnd) break;
+    if (marker == kStuffed || marker == kAlone || (marker >= kRestart0 && marker <= kStart))
+      continue;
+    if (marker == kScan) ++scans;
+    if (end - at < 2) break;
+    const auto length = static_cast<ptrdiff_t>(read_number(at, 2, true));
+    if (length > end - at) break;
+    at += length;
+  }
+  return scans;
+}
+
+std::string too_many_scans(int max_scans) {
+  return "a JPEG of more than " + std::to_string(max_scans) + " scans (raise max_scans)";
+}
+
 bool is_exif(const uint8_t* segment, size_t size) {
   return size >= 6 && std::memcmp(segment, "Exif\0\0", 6) == 0;
 }

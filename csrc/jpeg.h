@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "byte_buffer.h"
 #include "image.h"
@@ -14,6 +15,12 @@ bool looks_like_jpeg(const uint8_t* data, size_t size);
 
 /// Whether this build decodes JPEG itself (libjpeg-turbo was found when it was compiled).
 bool has_native_jpeg();
+
+/// How many scans a JPEG has: each one is a pass over the whole image, however few bytes it has.
+int count_scans(const uint8_t* data, size_t size);
+
+/// What is said of a file that has more than `max_scans`.
+std::string too_many_scans(int max_scans);
 
 /// Whether the contents of an APP1 segment are EXIF; XMP stands in such segments, too.
 bool is_exif(const uint8_t* segment, size_t size);
@@ -38,7 +45,7 @@ class JpegDecoder {
 
   /// Reads the header of a file, which must stay in place until `decode` has returned. Returns its
   /// size as it is to be seen: turned upright as EXIF says. `decode` refuses a file of more than
-  /// `max_scans` scans: each one is a pass over the whole image, however few bytes it has.
+  /// `max_scans` scans.
   ImageSize open(const uint8_t* data, size_t size, int max_scans);
 
   /// Decodes the part of the opened image that `box` (in upright pixels, within the image) covers.

@@ -305,10 +305,8 @@ Region JpegDecoder::decode_stored(const Box& box) {
 
 void JpegDecoder::fail() {
   const ErrorManager& errors = state_->errors;
-  const std::string text =
-      errors.has_too_many_scans
-          ? "a JPEG of more than " + std::to_string(errors.max_scans) + " scans (raise max_scans)"
-          : "damaged JPEG: " + state_->message();
+  const std::string text = errors.has_too_many_scans ? too_many_scans(errors.max_scans)
+                                                     : "damaged JPEG: " + state_->message();
   state_->finish();
   throw std::runtime_error(text);
 }

@@ -78,7 +78,9 @@ def watch(name: str, options: argparse.Namespace) -> dict:
         counter = mmap.mmap(file.fileno(), 16)
         while True:
             left = options.seconds - (time.monotonic() - begin)
-            count = None if options.executions is None else options.executions - first
+            count = options.executions
+            if count is not None:
+                count -= first - options.first
             if (count is None and left <= 0) or (count is not None and count <= 0):
                 break
             reason = run_child(name, options, first, left, count, file.name, counter)

@@ -4,9 +4,9 @@
 #   the tests of the C++ with the extension under AddressSanitizer and UBSan, and those whose
 #   threads share something under ThreadSanitizer.
 # Usage: scripts/sanitize.sh [SHARD.tar]   (gcc; a tar of at least 32 images; PYTHON=python)
+#        scripts/sanitize.sh fuzz [ARGUMENTS of fuzz/run.py]   under AddressSanitizer and UBSan
 set -euo pipefail
 cd "$(dirname "$0")/.."
-shard="${1:-${BAGSSL_DATA:-../shared/data}/cifar10-test.tar}"
 work="$PWD/build/sanitize"
 mkdir -p "$work"
 
@@ -18,6 +18,36 @@ if [[ "${BAGSSL_JPEG:-1}" != 0 ]]; then
   flags+=(-DBAGSSL_WITH_JPEG=1)
   libraries+=(-ljpeg)
 fi
+
+# A copy of the package whose extension is built under a sanitizer.
+build() {
+  package="$work/package-${1%%,*}"
+  rm -rf "$package"
+  mkdir -p "$package"
+  cp -r bagssl_fast "$package/bagssl_fast"
+  cp -r kernels "$package/bagssl_fast/kernels"
+  find "$package" -name '*.so' -delete
+  BAGSSL_SANITIZE="$1" CXXFLAGS="-fno-sanitize-recover=undefined" \
+    "$python" setup.py -q build_ext --build-temp "$work/temp-${1%%,*}" --build-lib "$package"
+}
+
+# Python itself is not instrumented: the runtime has to be there before it, and Python's own
+# allocations at exit are no leaks. PYTHONSAFEPATH keeps the working folder's own package out of the
+# way (Python 3.11 and later).
+under_address() {
+  build address,undefined
+  preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)"
+  LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+    UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 PYTHONPATH="$package:fuzz" PYTHONMALLOC=malloc \
+    "$python" "$@"
+}
+
+if [[ "${1:-}" == fuzz ]]; then
+  under_address fuzz/run.py "${@:2}"
+  exit
+fi
+
+shard="${1:-${BAGSSL_DATA:-../shared/data}/cifar10-test.tar}"
 sources=()
 for source in csrc/*.cpp; do
   [[ "$source" == *bindings* ]] || sources+=("$source")
@@ -50,31 +80,12 @@ other_tests=(
   tests/test_view_params.py
 )
 
-# A copy of the package whose extension is built under a sanitizer.
-build() {
-  package="$work/package-${1%%,*}"
-  rm -rf "$package"
-  mkdir -p "$package"
-  cp -r bagssl_fast "$package/bagssl_fast"
-  cp -r kernels "$package/bagssl_fast/kernels"
-  find "$package" -name '*.so' -delete
-  BAGSSL_SANITIZE="$1" CXXFLAGS="-fno-sanitize-recover=undefined" \
-    "$python" setup.py -q build_ext --build-temp "$work/temp-${1%%,*}" --build-lib "$package"
-}
-
-# Python itself is not instrumented: the runtime has to be there before it, and Python's own
-# allocations at exit are no leaks. Memory that stays flat cannot be measured under quarantine, nor
-# the address space limited. PYTHONSAFEPATH keeps the working folder's own package out of the way
-# (Python 3.11 and later).
+# Memory that stays flat cannot be measured under quarantine, nor the address space limited.
 measured="memory_is_flat or memory_of_large or cannot_be_created or more_shards_than"
 elsewhere="command_line or importing_without"
 
 echo "== tests under AddressSanitizer and UBSan"
-build address,undefined
-preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)"
-LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-  UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 PYTHONPATH="$package" PYTHONMALLOC=malloc \
-  "$python" -m pytest -q -p no:cacheprovider \
+under_address -m pytest -q -p no:cacheprovider \
   "${loader_tests[@]}" "${op_tests[@]}" "${other_tests[@]}" -k "not ($measured or $elsewhere)"
 
 # After fork() ThreadSanitizer knows nothing of the child's threads.

@@ -1,7 +1,7 @@
 """Trainings of several processes, for test_ranks.py: `python many_ranks.py FOLDER DATA`.
 
-Every process is a fork of one that has imported torch, which takes longer than these trainings.
-What a process prints is in FOLDER/<case>/rank<r>.txt.
+Every process is a fork of one that has imported torch and read the configurations: both take longer
+than these trainings. What a process prints is in FOLDER/<case>/rank<r>.txt.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo  # by the first optimizer of each process, otherwise
 import yaml
 from runs import DENSE, PATCHES
 
@@ -28,7 +29,7 @@ from bagssl_fast.models.bag_model import build_model
 from bagssl_fast.training.meter import Meter
 from bagssl_fast.training.run import distribute
 
-STEPS, EXACT_STEPS = 20, 5
+STEPS, EXACT_STEPS = 20, 3  # the third reads statistics and targets that the others moved
 WORLDS = (1, 2, 4)
 # SGD: AdamW divides the gradient by itself and would blow up its last bits.
 COMMON = {
@@ -65,6 +66,7 @@ RESNET = {
     **PATCHES,
     **COMMON,
     **LOSSES["vicreg"],
+    "bag": {"patches": 2},
     "encoder": {"name": "resnet18"},
     "augment": {"size": 32, "scale": [0.3, 0.3]},
     "augment_odd": None,
@@ -81,10 +83,14 @@ def arguments(folder: Path, options: dict, data: str, run_dir: Path) -> list[str
     return ["--config", str(path), "--data", data, "--run_dir", str(run_dir)]
 
 
-def read(folder: Path, options: dict) -> Config:
-    path = folder / f"options-{os.getpid()}.yaml"
-    path.write_text(yaml.safe_dump(options))
-    return cli.load(path)
+def configurations(folder: Path) -> dict[str, Config]:
+    """Of the trainings that have to be equal, for `steps`."""
+    path = folder / "options.yaml"
+    found = {}
+    for case, options in {**{k: recipe(*v) for k, v in EQUAL.items()}, "resnet18": RESNET}.items():
+        path.write_text(yaml.safe_dump(options))
+        found[case] = cli.load(path)
+    return found
 
 
 def steps(config: Config, me: ranks.Ranks, dtype: torch.dtype, count: int) -> dict:
@@ -110,7 +116,7 @@ def steps(config: Config, me: ranks.Ranks, dtype: torch.dtype, count: int) -> di
     return model.state_dict()
 
 
-def equal(folder: Path, data: str) -> None:
+def equal(folder: Path, data: str, configs: dict[str, Config]) -> None:
     """All losses in turn, in processes that stay: gloo cannot join its peers a second time."""
     me = ranks.start("cpu", 100.0)
     start, stop = ranks.start, ranks.stop
@@ -119,12 +125,9 @@ def equal(folder: Path, data: str) -> None:
         options = arguments(folder, recipe(*names), data, folder / case)
         assert train.main(options) == 0, case
     ranks.start, ranks.stop = start, stop
-    exact = {
-        case: steps(read(folder, recipe(*names)), me, torch.float64, EXACT_STEPS)
-        for case, names in EQUAL.items()
-    }
+    exact = {case: steps(configs[case], me, torch.float64, EXACT_STEPS) for case in EQUAL}
     for dtype in (torch.float64, torch.float32):
-        exact[f"resnet18, {dtype}"] = steps(read(folder, RESNET), me, dtype, 1)
+        exact[f"resnet18, {dtype}"] = steps(configs["resnet18"], me, dtype, 1)
     if me.is_main:
         torch.save(exact, folder / "exact.pt")
     ranks.stop(me)
@@ -228,13 +231,14 @@ def main() -> None:
     """Starts everything at once, ends as torchrun does what does not, and writes down how."""
     folder, data = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
+    configs = configurations(folder)
     jobs = {
         name: start(case.world, folder / name, lambda n=name: trouble(folder / n, data))
         for name, case in TROUBLES.items()
     }
     for world in WORLDS:
         name = f"equal {world}"
-        jobs[name] = start(world, folder / name, lambda n=name: equal(folder / n, data))
+        jobs[name] = start(world, folder / name, lambda n=name: equal(folder / n, data, configs))
     owner = {pid: name for name, pids in jobs.items() for pid in pids}
     codes: dict[str, dict[int, int]] = {name: {} for name in jobs}
     times: dict[str, list[float]] = {name: [] for name in jobs}

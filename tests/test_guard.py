@@ -99,6 +99,17 @@ class TestSkip:
         assert_bitwise_equal(a, b)
         assert records(run_dir)[-1]["left_out"] == 1
 
+    def test_means_are_of_the_steps_that_counted(self, start, spoil):
+        """One step that was left out made the loss of all steps of its record null."""
+        spoil([6, 7, 8])
+        _, each = start(DENSE, "each", *SKIP, "--log_every", "1")
+        _, pairs = start(DENSE, "pairs", *SKIP)
+        each, pairs = records(each), records(pairs)
+        for name in ("loss", "term/covariance"):
+            assert pairs[1][name] == pytest.approx((each[2][name] + each[3][name]) / 2, rel=1e-5)
+            assert pairs[2][name] == each[4][name]
+            assert pairs[3][name] is each[6][name] is None
+
     def test_ten_in_a_row_are_too_many(self, start, spoil, capsys):
         spoil(range(2, 100))
         status, run_dir = start(DENSE, "run", *SKIP)
@@ -141,6 +152,9 @@ class TestOnADevice:
         assert_bitwise_equal(dict(state["model"]), dict(initial))
         momenta = [s["momentum_buffer"] for s in state["optimizer"]["state"].values()]
         assert momenta and not any(bool(m.any()) for m in momenta)
+
+    def test_means_are_of_the_steps_that_counted(self, start, spoil):
+        TestSkip.test_means_are_of_the_steps_that_counted(self, start, spoil)
 
     def test_a_later_step_is_undone(self, start, spoil):
         flags = ["--optim.schedule", "constant", "--max_steps"]

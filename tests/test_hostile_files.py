@@ -1,17 +1,20 @@
-"""Files that somebody made to harm the reader: pickles, index caches, labels; and the ways in."""
+"""Files made to harm the reader: pickles, index caches, bombs, labels; and the ways in."""
 
 import ast
+import gzip
 import io
 import json
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bags import make
 from pictures import jpeg, noise, write_tar
 
 import bagssl_fast
@@ -245,6 +248,61 @@ def test_an_unknown_head_is_refused_by_name():
         ValueError, match=r"head\.name is 'projuctor', expected one of projector, emp"
     ):
         build_model(other)
+
+
+# Arrays that inflate
+
+
+def npz_of(path: Path, shape: tuple[int, ...], size: int) -> Path:
+    """Images of zeros: the shape that their header names, and the bytes that there are."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("images.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(size >> 20):
+            member.write(bytes(1 << 20))
+    return path
+
+
+def test_an_npz_that_inflates_a_thousandfold_is_not_inflated(tmp_path):
+    """2 MB took 2.5 GB."""
+    path = npz_of(tmp_path / "bomb.npz", (300, 1024, 1024), 300 << 20)
+    tracemalloc.start()
+    text = (
+        r"bomb\.npz: \d+ bytes would inflate to 314572928, 10\d\d times as many, .* of 200: raise"
+    )
+    with pytest.raises(ValueError, match=text):
+        open_source(path)
+    with pytest.raises(ValueError, match="max_inflation"):
+        make(path)
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+    assert len(open_source(path, max_inflation=2000)) == 300
+    small = npz_of(tmp_path / "small.npz", (20, 1024, 1024), 20 << 20)  # black images, no bomb
+    assert len(open_source(small)) == 20
+
+
+@pytest.mark.parametrize("count", [2, 10**6, 10**12])
+def test_an_npz_header_that_promises_more_is_refused_before_memory_is_taken(tmp_path, count):
+    """It was a MemoryError with a traceback, or an allocation of that size."""
+    path = npz_of(tmp_path / "set.npz", (count, 1024, 1024), 1 << 20)
+    with pytest.raises(ValueError, match=r"set\.npz: images\.npy .* more than its \d+ bytes"):
+        open_source(path)
+
+
+def test_an_idx_file_does_not_take_what_its_header_promises(tmp_path):
+    header = b"\0\0\x08\x03" + struct.pack(">3i", 2**20, 2**10, 2**10)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + struct.pack(">i", 0))
+    images = tmp_path / "train-images-idx3-ubyte"
+    images.write_bytes(header)
+    with pytest.raises(ValueError, match="expected 1099511627776 values, got 0"):
+        open_source(tmp_path)
+    images.unlink()
+    images.with_suffix(".gz").write_bytes(gzip.compress(header))
+    with pytest.raises(ValueError, match="would inflate to 1099511627776"):
+        open_source(tmp_path)
 
 
 # Labels

@@ -56,6 +56,25 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once():
     )
 
 
+@pytest.mark.parametrize("side", [1, 40])
+def test_scans_are_counted_as_the_decoder_does(side):
+    """Where simplejpeg decodes, nothing else limits them; those of a thumbnail do not count."""
+    pixels = waves(side, side)
+    files = [jpeg(pixels), jpeg(pixels, progressive=True), scan_bomb(7, side)]
+    marks = b"\xff\xd8\xff\xda" * 9
+    files += [file[:2] + segment(0xE1, marks) + file[2:] for file in files]
+    files += [file + marks for file in files]
+    for file in files:
+        scans = _C.count_scans(file)
+        assert scans >= 1
+        _C.decode(file, decode_image, MAX_PIXELS, max_scans=scans)
+        if scans > 1:
+            with pytest.raises(RuntimeError, match=f"more than {scans - 1} scans"):
+                _C.decode(file, decode_image, MAX_PIXELS, max_scans=scans - 1)
+    for damaged in (b"", b"\xff", b"\xff\xd8\xff", b"\xff\xd8\xff\xda", b"\xff\xd8\xff\xda\0"):
+        assert _C.count_scans(damaged) <= 1
+
+
 @needs_native
 def test_scans_and_bytes_are_options_of_the_loader(tmp_path):
     folder = write_folder(tmp_path)
@@ -75,7 +94,7 @@ def test_scans_and_bytes_are_options_of_the_loader(tmp_path):
         assert (str(path), reason) in loader.skipped
 
 
-@pytest.mark.parametrize("name", ["max_bytes", "max_scans"])
+@pytest.mark.parametrize("name", ["max_bytes", "max_scans", "max_inflation"])
 def test_limits_are_checked(name):
     with pytest.raises(ValueError, match=f"{name} must be"):
         make(noise(), **{name: 0})

@@ -36,7 +36,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     data = write_tiny_images(folder / "images.npz")
     command = [sys.executable, str(SCRIPT), str(folder), str(data)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # As the trainer sets it before it imports torch (test_machine.py), which has happened there.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -73,7 +74,9 @@ class TestEqual:
     @pytest.mark.parametrize("world", many_ranks.WORLDS[1:])
     @pytest.mark.parametrize("case", [*EQUAL, "resnet18, torch.float64"])
     def test_float64_leaves_nothing_but_its_rounding(self, jobs, case, world):
-        one, many = (torch.load(jobs / f"equal {n}" / "exact.pt")[case] for n in (1, world))
+        one, many = (
+            torch.load(jobs / f"equal {n}" / "exact.pt", mmap=True)[case] for n in (1, world)
+        )
         for key, weight in one.items():
             torch.testing.assert_close(many[key], weight, rtol=1e-11, atol=1e-12, msg=key)
 
@@ -89,8 +92,8 @@ class TestEqual:
             return max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
 
         names = ("resnet18, torch.float32", "resnet18, torch.float64")
-        one, exact = (torch.load(jobs / "equal 1" / "exact.pt")[name] for name in names)
-        many = torch.load(jobs / f"equal {world}" / "exact.pt")[names[0]]
+        one, exact = (torch.load(jobs / "equal 1" / "exact.pt", mmap=True)[name] for name in names)
+        many = torch.load(jobs / f"equal {world}" / "exact.pt", mmap=True)[names[0]]
         assert distance(many, one) < 3 * distance(one, exact)
 
 
@@ -134,6 +137,7 @@ class TestTrouble:
     def test_without_the_first_the_second_speaks(self, jobs):
         (said,) = screen(jobs, "first killed", 1)
         assert said.startswith("error: rank 0 of 2 is gone or does not respond")
+        assert "frame #" not in (jobs / "first killed" / "rank1.txt").read_text()
 
     def test_a_signal_to_one_stops_all_after_the_save(self, jobs):
         (said,) = screen(jobs, "SIGUSR1", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from numpy.typing import NDArray
 
 from bagssl_fast._extension import _C
 from bagssl_fast.data import cifar
+from bagssl_fast.data.decoding import MAX_INFLATION, check_inflation
 from bagssl_fast.data.source import NumberedNames, Source, class_labels, fingerprint_of
+
+_NPY_START = b"\x93NUMPY"
 
 
 def from_memory(data: Any, labels: Any = None, stem: str = "array") -> Source:
@@ -73,7 +77,7 @@ def _as_source(
     return Source(native, NumberedNames(stem), labels, classes, fingerprint_of(*parts))
 
 
-def open_numpy(path: Path, split: str | None = None) -> Source:
+def open_numpy(path: Path, split: str | None = None, max_inflation: int = MAX_INFLATION) -> Source:
     """`.npy` (read in random access, not loaded) or `.npz` with `images` and optional `labels`.
 
     An `.npz` with splits, as MedMNIST's, has `train_images`, `train_labels`, `test_images`, ...;
@@ -85,6 +89,7 @@ def open_numpy(path: Path, split: str | None = None) -> Source:
         if path.suffix == ".npy":
             return _open_npy(path)
         with np.load(path, allow_pickle=False) as arrays:
+            _check_members(path, arrays.zip, max_inflation)
             if not split and "images" not in arrays:
                 prefix = "train_"
             if f"{prefix}images" not in arrays:
@@ -103,6 +108,27 @@ def open_numpy(path: Path, split: str | None = None) -> Source:
     return make_source(images, labels, classes, f"{path}:{split}" if split else str(path))
 
 
+def _check_members(path: Path, archive: zipfile.ZipFile, max_inflation: int) -> None:
+    """Refuses members that inflate to too much, and headers that promise more than is there."""
+    members = archive.infolist()
+    check_inflation(path, sum(member.file_size for member in members), max_inflation)
+    for member in members:
+        with archive.open(member) as file:
+            if file.read(len(_NPY_START)) != _NPY_START:
+                continue
+            major, _ = file.read(2)
+            header = np.lib.format.read_array_header_1_0
+            if major > 1:
+                header = np.lib.format.read_array_header_2_0
+            shape, _, dtype = header(file)
+        # An array of objects is refused as it is read.
+        if not dtype.hasobject and dtype.itemsize * math.prod(shape) > member.file_size:
+            raise ValueError(
+                f"{member.filename} is said to be {dtype} of shape {list(shape)}, which is more "
+                f"than its {member.file_size} bytes"
+            )
+
+
 def _open_npy(path: Path) -> Source:
     """The images where they are. A mapped file that shrinks would end the process by SIGBUS."""
     mapped = np.load(path, mmap_mode="r")  # its header alone is read
@@ -115,7 +141,7 @@ def _open_npy(path: Path) -> Source:
     return _as_source(native, images.shape, None, None, str(path))
 
 
-def open_torchvision(root: Path, split: str) -> Source | None:
+def open_torchvision(root: Path, split: str, max_inflation: int = MAX_INFLATION) -> Source | None:
     """torchvision's CIFAR-10, CIFAR-100 or MNIST as stored on disk; None for anything else."""
     for folder in (root, root / "cifar-10-batches-py"):
         if (folder / "data_batch_1").is_file():
@@ -132,7 +158,8 @@ def open_torchvision(root: Path, split: str) -> Source | None:
             labels = _find_idx(folder, f"{prefix}-labels-idx1-ubyte")
             if labels is None:
                 raise ValueError(f"{images}: the file with its labels is missing")
-            return make_source(_read_idx(images), _read_idx(labels), None, str(images))
+            pixels, classes = (_read_idx(path, max_inflation) for path in (images, labels))
+            return make_source(pixels, classes, None, str(images))
     return None
 
 
@@ -154,7 +181,7 @@ def _find_idx(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _read_idx(path: Path) -> NDArray[np.uint8]:
+def _read_idx(path: Path, max_inflation: int) -> NDArray[np.uint8]:
     """MNIST's format: two zero bytes, type 8 (uint8), rank, the sizes as big-endian int32, data."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -166,7 +193,12 @@ def _read_idx(path: Path) -> NDArray[np.uint8]:
                 raise ValueError("not an idx file: its sizes are damaged")
             # No more than that is unpacked, whatever the file holds.
             expected = math.prod(shape)
-            values = np.frombuffer(file.read(expected + 1), np.uint8)
+            most = expected + 1
+            if path.suffix == ".gz":
+                check_inflation(path, expected, max_inflation)
+            else:
+                most = min(most, path.stat().st_size)
+            values = np.frombuffer(file.read(most), np.uint8)
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: {error}") from None
     if len(values) != expected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -17,6 +18,8 @@ from bagssl_fast._extension import _C
 MAX_PIXELS: int = _C.MAX_PIXELS
 MAX_BYTES: int = _C.MAX_BYTES
 MAX_SCANS: int = _C.MAX_SCANS
+# zlib makes a thousand bytes of one; photographs grow less than twofold, masks tenfold.
+MAX_INFLATION = 200
 TWELVE_BITS = 1 << 12
 
 _JPEG_START = b"\xff\xd8\xff"
@@ -35,6 +38,26 @@ class ImageError(ValueError):
         super().__init__(f'{name}: {reason} (on_error="skip" replaces such images)')
         self.name = name
         self.reason = reason
+
+
+def check_inflation(path: Path, inflated: int, max_inflation: int) -> None:
+    """Refuses a compressed file of arrays that would take far more memory than it has bytes.
+
+    Args:
+        path: The file.
+        inflated: Bytes that it claims to hold; what fits `MAX_BYTES` is no harm.
+        max_inflation: How many times its own size that may be.
+
+    Raises:
+        ValueError: Before anything is inflated.
+    """
+    stored = path.stat().st_size
+    if inflated > max(MAX_BYTES, max_inflation * stored):
+        raise ValueError(
+            f"{stored} bytes would inflate to {inflated}, {inflated // max(stored, 1)} times as "
+            f"many, over the limit of {max_inflation}: raise max_inflation, or save the arrays "
+            "uncompressed"
+        )
 
 
 def decode_image(data: memoryview | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:

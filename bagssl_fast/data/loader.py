@@ -97,7 +97,7 @@ class BagLoader:
             ("threads", threads, Threads),
         ):
             check_type(name, value, record)
-        self.source = open_source(source)
+        self.source = open_source(source, max_inflation=decoding.max_inflation)
         self.augments = as_augments(augment)
         self.batch_size, self.patches, self.sampler = batch_size, patches, sampler
         self.order, self.share, self.output = order, share, output

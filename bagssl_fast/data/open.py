@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from bagssl_fast.data import arrays, demo, tars
-from bagssl_fast.data.checks import check_choice
+from bagssl_fast.data.checks import check_choice, check_integer
+from bagssl_fast.data.decoding import MAX_INFLATION
 from bagssl_fast.data.folders import open_folder
 from bagssl_fast.data.source import ON_ERROR, Source
 from bagssl_fast.locate import KINDS, check_one_set, matches, split_suffix
 
 
-def open_source(data: Any, *, labels: Any = "auto", on_error: str = "raise") -> Source:
+def open_source(
+    data: Any,
+    *,
+    labels: Any = "auto",
+    on_error: str = "raise",
+    max_inflation: int = MAX_INFLATION,
+) -> Source:
     """Opens a data set as it is on disk or in memory, without conversion.
 
     Args:
@@ -29,6 +36,8 @@ def open_source(data: Any, *, labels: Any = "auto", on_error: str = "raise") -> 
             an array in memory.
         on_error: "raise", or "skip": members beyond the damage of a broken tar and images without
             a label in a labeled set are left out, with a warning.
+        max_inflation: A compressed file of arrays (`.npz`, `.gz`) that claims more than so many
+            times its own size is refused; 256 MB are not.
 
     Raises:
         FileNotFoundError: If the path does not exist.
@@ -39,11 +48,12 @@ def open_source(data: Any, *, labels: Any = "auto", on_error: str = "raise") -> 
     if isinstance(labels, str):
         check_choice("labels", labels, ("auto", "none"))
         labeled, labels = labels == "auto", None
-    source = _open(data, labels, labeled, on_error)
+    check_integer("max_inflation", max_inflation, 1)
+    source = _open(data, labels, labeled, on_error, max_inflation)
     return source if labeled else source.without_labels()
 
 
-def _open(data: Any, labels: Any, labeled: bool, on_error: str) -> Source:
+def _open(data: Any, labels: Any, labeled: bool, on_error: str, max_inflation: int) -> Source:
     if isinstance(data, Source):
         return data
     if hasattr(data, "__array__") and not isinstance(data, (str, os.PathLike)):
@@ -58,19 +68,21 @@ def _open(data: Any, labels: Any, labeled: bool, on_error: str) -> Source:
     path, split = split_suffix(os.fspath(data))
     if path == "demo":
         return demo.open_demo(split or "train")
-    return _open_path(path, split, labeled, on_error)
+    return _open_path(path, split, labeled, on_error, max_inflation)
 
 
-def _open_path(path: str, split: str | None, labeled: bool, on_error: str) -> Source:
+def _open_path(
+    path: str, split: str | None, labeled: bool, on_error: str, max_inflation: int
+) -> Source:
     found, where = matches(path), Path(path)
     if found != [path]:
         return tars.open_tars([Path(match) for match in found], on_error, labeled)
     if where.is_dir():
-        torchvision = arrays.open_torchvision(where, split or "train")
+        torchvision = arrays.open_torchvision(where, split or "train", max_inflation)
         if torchvision is not None:
             return torchvision
     if where.suffix == ".npz":
-        return arrays.open_numpy(where, split)
+        return arrays.open_numpy(where, split, max_inflation)
     if split is not None:
         raise ValueError(
             f"{path}:{split}: only demo, CIFAR, MNIST and .npz files with train_images have "

@@ -14,7 +14,7 @@ from bagssl_fast._extension import _C
 from bagssl_fast.augment import Augment
 from bagssl_fast.data.batch import DTYPES
 from bagssl_fast.data.checks import check_bool, check_choice, check_integer
-from bagssl_fast.data.decoding import MAX_BYTES, MAX_PIXELS, MAX_SCANS
+from bagssl_fast.data.decoding import MAX_BYTES, MAX_INFLATION, MAX_PIXELS, MAX_SCANS
 from bagssl_fast.data.source import ON_ERROR, Source
 
 
@@ -103,6 +103,8 @@ class Decoding:
         max_bytes: Larger files count as bad, likewise.
         max_scans: Progressive JPEGs of more scans count as bad: a file of a few KB may ask for
             thousands of passes over a large image.
+        max_inflation: A compressed file of arrays (`.npz`, `.gz`) that claims more than so many
+            times its own size is not opened; 256 MB are in any case.
         fast_decode: Decode JPEG at 1/2, 1/4 or 1/8 of its size where every patch of the image is
             made smaller by at least as much. Faster on large files, but pixels and the edges of
             crops change slightly.
@@ -112,6 +114,7 @@ class Decoding:
     max_pixels: int = MAX_PIXELS
     max_bytes: int = MAX_BYTES
     max_scans: int = MAX_SCANS
+    max_inflation: int = MAX_INFLATION
     fast_decode: bool = False
 
     def __post_init__(self) -> None:
@@ -119,6 +122,7 @@ class Decoding:
         check_integer("max_pixels", self.max_pixels, 1)
         check_integer("max_bytes", self.max_bytes, 1)
         check_integer("max_scans", self.max_scans, 1, 2**31 - 1)
+        check_integer("max_inflation", self.max_inflation, 1)
         check_bool("fast_decode", self.fast_decode)
 
 

@@ -88,8 +88,10 @@ def steps(run: Run, guard: Guard, reporter: Reporter, stop: StopSignals) -> None
         guard.keep()
         computed = compute(patches)
         norm = gradient_norm(run)
-        meter.add(computed.loss, computed.terms, computed.h)
-        if guard.judge(patches, computed, norm):
+        meter.add(computed.h)
+        good = guard.judge(patches, computed, norm)
+        meter.count(computed.loss, computed.terms, guard.bad)
+        if good:
             update(run)
             guard.undo()
         run.step += 1

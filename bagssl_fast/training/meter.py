@@ -24,18 +24,22 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
-        self.sums: dict[str, Tensor] = {}  # the loss and its terms, over the steps
-        self.steps = self.images = self.patches = 0
+        self.sums: dict[str, Tensor] = {}  # the loss and its terms, over the steps that counted
+        self.counted = torch.zeros((), device=self.run.ranks.device)
+        self.images = self.patches = 0
         self.time, self.wait = time.monotonic(), self.run.loader.data_wait
 
-    def add(self, loss: Tensor, terms: dict[str, Tensor], h: Tensor) -> None:
-        """Takes in one step, before its update."""
-        named = {"loss": loss.detach()} | {f"term/{name}": value for name, value in terms.items()}
-        for name, value in named.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps += 1
+    def add(self, h: Tensor) -> None:
+        """Takes in one step, before it is judged, by its embeddings [P, B, F]."""
         self.images += h.shape[1]
         self.patches += h.shape[0] * h.shape[1]
+
+    def count(self, loss: Tensor, terms: dict[str, Tensor], bad: Tensor) -> None:
+        """Takes in the numbers of the step; those of a bad one, which is left out, do not count."""
+        named = {"loss": loss.detach()} | {f"term/{name}": value for name, value in terms.items()}
+        for name, value in named.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(bad, 0, value)
+        self.counted += ~bad
 
     def record(self, h: Tensor, z: Tensor) -> dict[str, float]:
         """The numbers since the last call: means over the ranks, sums for the rates."""
@@ -44,7 +48,7 @@ class Meter:
         waited = (run.loader.data_wait - self.wait) / seconds
         of_h, of_z = collapse(h[0].detach()), collapse(z[0].detach())
         means = {
-            **{name: float(value) / self.steps for name, value in self.sums.items()},
+            **{name: float(value / self.counted) for name, value in self.sums.items()},
             "data_wait": waited,
             **{f"{key}_h": value for key, value in of_h.items()},
             **{f"{key}_z": value for key, value in of_z.items()},

@@ -49,7 +49,10 @@ class Reporter:
         self.path = run_dir / "metrics.jsonl"
         _keep_until(self.path, step)
         if tensorboard:
-            self.writer = _tensorboard(run_dir)
+            try:
+                self.writer = _tensorboard(run_dir)
+            except OSError as error:
+                self._without_tensorboard(error)
         # A terminal that does not know its width (a pseudo one, say) gets lines too.
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0:
             from tqdm import tqdm
@@ -67,9 +70,12 @@ class Reporter:
             return
         line = json.dumps({"step": step, **{k: _short(v) for k, v in record.items()}})
         self._write(self.path, line.encode() + b"\n")
-        if self.writer is not None:
-            for name, value in record.items():
-                self.writer.add_scalar(name, value, step)
+        try:
+            if self.writer is not None:
+                for name, value in record.items():
+                    self.writer.add_scalar(name, value, step)
+        except OSError as error:  # of a file that its own thread writes
+            self._without_tensorboard(error)
         if self.bar is not None:
             self.bar.set_postfix_str(self.line(record), refresh=True)
         else:
@@ -91,6 +97,14 @@ class Reporter:
         except OSError as error:
             if not before:
                 say(f"warning  {path} cannot be written, its lines are kept for later: {error}")
+
+    def _without_tensorboard(self, error: OSError) -> None:
+        """Goes on without events: their writer ends with its first error."""
+        self.writer = None
+        say(
+            f"warning  TensorBoard's events cannot be written and end here, {self.path} goes on: "
+            f"{error}"
+        )
 
     def eta(self, step: int) -> str:
         """Time to the end of the run at the pace so far."""
@@ -116,9 +130,13 @@ class Reporter:
 
     def close(self) -> None:
         """Flushes and closes everything."""
-        for thing in (self.bar, self.writer):
-            if thing is not None:
-                thing.close()
+        if self.bar is not None:
+            self.bar.close()
+        try:
+            if self.writer is not None:
+                self.writer.close()
+        except OSError as error:
+            self._without_tensorboard(error)
         self.bar = self.writer = None
 
 
