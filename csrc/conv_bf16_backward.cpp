@@ -7,7 +7,7 @@ namespace bagssl {
 namespace {
 
 constexpr int64_t kWeightGroups = 16;            // each with its own dweight, of which
-constexpr int64_t kGroupRows = 1024;             // each is the sum of at least so many rows, and
+constexpr int64_t kGroupRows = 512;              // each is the sum of at least so many rows, and
 constexpr int64_t kWeightFloats = 16 << 20;      // all have at most so many numbers
 constexpr int64_t kManyWeights = 200'000;        // that are not in a core's cache beside the rest:
 constexpr int64_t kRows = 256, kMoreRows = 512;  // more rows at a time go over them less often
@@ -266,22 +266,45 @@ class BackwardPass {
 
 thread_local Workspace sums_of_groups;
 
-/// dweight as the sum of what the groups found.
+/// dweight as the sum of what the groups found, squares of rows and columns at a time: neighbors in
+/// either of them may be neighbors in memory.
 void join_weights(const Backward& all, const float* groups_dweight, int64_t groups, float* dweight,
                   const KernelStrides& strides, ThreadPool& pool) {
   const ConvGeometry& s = all.windows;
-  pool.parallel_for(s.out_channels, [&](int, int64_t n) {
-    for (int64_t panel = 0; panel < s.steps(); panel += kPanel16) {
-      float sum[kPanel16] = {};
-      const float* from = groups_dweight + n * all.weight_step() + panel;
-      for (int64_t group = 0; group < groups; ++group, from += all.weight_floats()) {
-        for (int64_t j = 0; j < kPanel16; ++j) sum[j] += from[j];
+  const int64_t panels = ceil_div(s.steps(), kPanel16);
+  pool.parallel_for(ceil_div(s.out_channels, kPanel16) * panels, [&](int, int64_t item) {
+    const int64_t row = item / panels * kPanel16, panel = item % panels * kPanel16;
+    const int64_t rows = std::min(kPanel16, s.out_channels - row);
+    float sums[kPanel16][kPanel16] = {};
+    const float* from = groups_dweight + row * all.weight_step() + panel;
+    for (int64_t group = 0; group < groups; ++group, from += all.weight_floats()) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = 0; j < kPanel16; ++j) sums[r][j] += from[r * all.weight_step() + j];
       }
-      for (int64_t j = 0; j < kPanel16; ++j) {
-        const int64_t k = panel + all.loops.order[j], tap = k / s.channels;
-        if (k >= s.steps()) continue;
-        dweight[n * strides.out + k % s.channels * strides.in + tap / s.kernel_width * strides.row +
-                tap % s.kernel_width * strides.column] = sum[j];
+    }
+    int64_t places[kPanel16];  // by column of dweight
+    int8_t sources[kPanel16];
+    int64_t columns = 0;
+    for (int64_t j = 0; j < kPanel16; ++j) {
+      const int64_t k = panel + all.loops.order[j], tap = k / s.channels;
+      if (k >= s.steps()) continue;
+      ++columns;
+      sources[k - panel] = static_cast<int8_t>(j);
+      places[k - panel] = k % s.channels * strides.in + tap / s.kernel_width * strides.row +
+                          tap % s.kernel_width * strides.column;
+    }
+    float* to = dweight + row * strides.out;
+    if (strides.out < strides.in) {
+      for (int64_t k = 0; k < columns; ++k) {
+        for (int64_t r = 0; r < rows; ++r) {
+          to[r * strides.out + places[k]] = sums[r][sources[k]];
+        }
+      }
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t k = 0; k < columns; ++k) {
+          to[r * strides.out + places[k]] = sums[r][sources[k]];
+        }
       }
     }
   });

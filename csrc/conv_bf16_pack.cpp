@@ -21,11 +21,18 @@ void pack_weight16(const float* weight, const KernelStrides& strides, const Conv
                           tap % s.kernel_width * strides.column;
       for (int64_t begin = 0; begin < s.channels; begin += kTogether) {
         const int64_t end = std::min(s.channels, begin + kTogether);
-        for (int64_t j = 0; j < width; ++j) {
+        const auto copy = [&](int64_t j, int64_t c) {
+          const int64_t k = tap * s.channels + c;
+          to[k / 2 * 2 * kPanel16 + 2 * j + k % 2] =
+              to_bfloat16(from[j * strides.out + c * strides.in]);
+        };
+        if (strides.out < strides.in) {  // neighbors in memory one after the other
           for (int64_t c = begin; c < end; ++c) {
-            const int64_t k = tap * s.channels + c;
-            to[k / 2 * 2 * kPanel16 + 2 * j + k % 2] =
-                to_bfloat16(from[j * strides.out + c * strides.in]);
+            for (int64_t j = 0; j < width; ++j) copy(j, c);
+          }
+        } else {
+          for (int64_t j = 0; j < width; ++j) {
+            for (int64_t c = begin; c < end; ++c) copy(j, c);
           }
         }
       }

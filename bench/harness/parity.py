@@ -11,6 +11,7 @@ there batch statistics weight overlapping positions differently.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,9 @@ from harness.ours import OursDense, our_model
 IMAGES = 8  # of a parity check; a compiled system takes its own batch, whose code it will run
 # Relative: of the loss, of the gradient. Channels-last (torch 2.14, CPU), gradients through
 # batch norm have errors up to 5e-3, plain torch's as ours; contiguous ones 1e-6.
-# bfloat16 has 8 bits.
-TOLERANCE = {"fp32": (1e-4, 1e-2), "bf16": (2e-2, 0.2)}
+# bfloat16 has 8 bits: gradients through the 20 layers of an untrained ResNet-18 are off by 0.35,
+# plain torch's as ours. So a system is checked in float32 as well (if it need not be compiled).
+TOLERANCE = {"fp32": (1e-4, 1e-2), "bf16": (2e-2, 0.5)}
 
 
 class Parity(NamedTuple):
@@ -48,6 +50,17 @@ class Parity(NamedTuple):
 
 def check(system: System) -> Parity:
     """Compares a system with the truth on a small batch."""
+    setup = system.setup
+    if setup.precision == "fp32" or system.compiled or setup.device == "cuda":
+        return check_in_precision(system)
+    system.setup = replace(setup, precision="fp32")
+    exact = check_in_precision(system)
+    system.setup = setup
+    return check_in_precision(system) if exact.green else exact
+
+
+def check_in_precision(system: System) -> Parity:
+    """`check` as the system is set up."""
     example = system.example(None if system.compiled else IMAGES)
     if isinstance(system, OursDense):
         patches = torch.cat([cut(view, system.case) for view in example])
