@@ -224,34 +224,30 @@ def test_a_residual_sum_is_that_of_float64(kind, bf16_level):
             assert_matches(actual[name], value, dtype, name, slack=3)
 
 
-def gradients(net: nn.Module, x: Tensor, autocast: bool) -> list[Tensor]:
+def embedding_and_gradient(net: nn.Module, x: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         h = net(x)
     (h.double() * normal(*h.shape, seed=3)).sum().backward()
-    return [h.detach().double(), *(p.grad.double() for p in net.parameters())]
+    return h.detach().double(), torch.cat([p.grad.double().flatten() for p in net.parameters()])
 
 
 @pytest.mark.parametrize("name", ["patchnet", "resnet18"])
 def test_a_network_is_as_exact_as_torchs_autocast(name):
-    """Relative L2 errors of the embedding and of all gradients, from plain float64."""
+    """Relative L2 errors of the embedding and of the whole gradient, from plain float64."""
+    torch.manual_seed(0)
     if name == "patchnet":
         net: nn.Module = PatchNet(16, width=16, feature_dim=64)
-        side = 16
+        x = normal(48, 3, 16, 16).float()
     else:
         pytest.importorskip("torchvision")
-        net, side = build_encoder(name, 32, None, False, {}), 32
-    x = normal(48, 3, side, side).float()
+        net, x = build_encoder(name, 32, None, False, {}), normal(24, 3, 32, 32).float()
     ours, plain, double = (copy.deepcopy(net) for _ in range(3))
-    own = gradients(ours, x, True)
-    ops.set_impl("reference")
-    try:
-        theirs = gradients(plain, x, True)
-    finally:
-        ops.set_impl(None)
-    exact = gradients(double.double(), x.double(), False)  # float64 is the reference's
-    for i, (a, b, truth) in enumerate(zip(own, theirs, exact, strict=True)):
-        scale = truth.norm()
-        assert (a - truth).norm() / scale <= 1.3 * (b - truth).norm() / scale + 1e-3, i
+    own = embedding_and_gradient(ours, x, True)
+    with ops.use_impl("reference"):
+        theirs = embedding_and_gradient(plain, x, True)
+    truths = embedding_and_gradient(double.double(), x.double(), False)  # the reference's
+    for mine, peer, truth in zip(own, theirs, truths, strict=True):
+        assert (mine - truth).norm() <= 1.1 * (peer - truth).norm()
 
 
 def test_autocast_compiles_whole():
