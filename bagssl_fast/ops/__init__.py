@@ -200,7 +200,8 @@ def conv_bn_relu(
     On a CPU the normalized activation is never written: what is returned there is `Deferred`, which
     the next block and `relu_mean` take as it is, and `applied` turns into the activation itself.
     There 3x3 convolutions with stride 1 may run by Winograd's F(4x4, 3x3), which samples tiles of
-    6x6 pixels: a NaN reaches every pixel of the 4x4 tiles that read it.
+    6x6 pixels: a NaN reaches every pixel of the 4x4 tiles that read it. Under autocast to bfloat16
+    maps and operands of products are of that type there, sums and statistics float32.
 
     Args:
         x: [N, C, H, W] or an activation that a block returned.
@@ -314,7 +315,7 @@ def relu_mean(x: Tensor | Deferred, *, impl: str | None = None) -> Tensor:
         impl: "reference", "cpu" or "cuda"; by default what `table()` shows for the device.
 
     Returns:
-        [N, C].
+        [N, C], float32 of bfloat16 maps that are `Deferred` on a CPU.
 
     Raises:
         ValueError: wrong rank, dtype or device, a map without pixels.
