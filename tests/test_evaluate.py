@@ -394,6 +394,7 @@ class TestRun:
         ]
         beside = [row for row in rows if row["grid"] == 1]
         assert all(("knn_whitened" in row) == (row["layer"] == "h") for row in rows)
+        assert all(("rank" in row) == (row["grid"] == 1) for row in rows)
         for row, before in zip(beside, plain, strict=True):
             assert all(row[key] == before[key] for key in ("network", "layer", "patches", "knn"))
             assert row["linear"] == pytest.approx(before["linear"], abs=0.1)
@@ -476,7 +477,7 @@ class TestRun:
 
     def test_without_labels(self, run_dir, images, capsys):
         np.save(images / "plain.npy", np.load(images / "x-train.npz")["images"])
-        flags = ["--data", str(images / "plain.npy"), "--patches", "1,4"]
+        flags = ["--data", str(images / "plain.npy"), "--patches", "1,4", "--grid", "2"]
         assert evaluate.main([str(run_dir), *flags]) == 0
         said = capsys.readouterr().out
         assert "no labels" in said and "rank" in said and "linear |" not in said

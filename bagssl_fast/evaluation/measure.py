@@ -198,16 +198,15 @@ def measure(
         # Popped: side by side, the regions of one bag may need more memory than all other features.
         x, y = train.pop((layer, patches)), test.pop((layer, patches), None)
         regions = plan.regions(patches)
-        for grid in sorted({1, regions}):
-            if grid == 1:
-                sets = bag_mean(x, regions), None if y is None else bag_mean(y, regions)
-            else:
-                sets = x, y
-            row: dict[str, Any] = {"network": name, "layer": layer, "patches": patches or "center"}
-            row |= {"grid": grid} | collapse(sets[0], sample=RANK_ROWS)
-            if sets[1] is not None and train_labels is not None and test_labels is not None:
-                row |= accuracies(sets[0], train_labels, sets[1], test_labels, layer, config)
-            rows.append(row)
+        row: dict[str, Any] = {"network": name, "layer": layer, "patches": patches or "center"}
+        mean = bag_mean(x, regions)
+        rows.append(row | {"grid": 1} | collapse(mean, sample=RANK_ROWS))
+        if y is None or train_labels is None or test_labels is None:
+            continue
+        rows[-1] |= accuracies(mean, train_labels, bag_mean(y, regions), test_labels, layer, config)
+        if regions > 1:
+            read = accuracies(x, train_labels, y, test_labels, layer, config)
+            rows.append(row | {"grid": regions} | read)
     say(f"probes   {name}: {time.monotonic() - started:.1f} s with the features")
     return rows
 
@@ -248,7 +247,7 @@ def notes(config: Config, data: Data, plan: Plan) -> list[str]:
         lines.append(
             f"{config.eval.knn_space}: the same kNN on embeddings {SPACES[config.eval.knn_space]}"
         )
-    if config.eval.grid > 1:
+    if data.labeled and config.eval.grid > 1:
         lines.append(
             f"{config.eval.grid}x{config.eval.grid}: the mean of each of so many regions of the "
             "bag, side by side; all other rows read the bag's mean"

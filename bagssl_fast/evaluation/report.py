@@ -76,7 +76,7 @@ def draw(result: dict[str, Any]) -> tuple[bytes, str]:
         from matplotlib import pyplot
     except ImportError:
         return b"", "none: matplotlib is not installed (pip install matplotlib)"
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.4, 5.0), layout="constrained")
     style = {"trained": ("tab:blue", 1.0), "random": ("tab:gray", 0.9)}
     lines = {"linear": "-", "knn": "--"} | {k: ":" for k in _values(rows, "h") if "knn_" in k}
     names = {"linear": "linear probe", "knn": "kNN"}  # others: the kNN in a space
@@ -92,16 +92,15 @@ def draw(result: dict[str, Any]) -> tuple[bytes, str]:
             label = f"{network}, {names.get(probe) or f'kNN, {_name(probe)}'}"
             x, y = zip(*sorted((n, v) for n, grid, v in points if grid == 1), strict=True)
             axes.plot(x, y, line, marker="o", color=color, alpha=alpha, label=label)
-            for n, grid, v in points:
-                if grid > 1:  # beside the mean of the same bag
-                    axes.plot([n], [v], marker="s", mfc="none", color=color, alpha=alpha)
-                    text = f"{grid}x{grid}"
-                    axes.annotate(text, (n, v), (4, 4), textcoords="offset points", fontsize=7)
+            for n, _, v in (point for point in points if point[1] > 1):
+                axes.plot([n], [v], ls=line, marker="s", mfc="none", color=color, alpha=alpha)
             center = _find(rows, network, "h", "center")
             if center is not None and probe == "linear":
                 level = 100 * center[probe]
                 label = f"{network}, central crop, linear"
                 axes.axhline(level, color=color, alpha=alpha, ls=":", lw=1, label=label)
+    for grid in {r["grid"] for r in rows} - {1}:
+        axes.plot([], [], "ks", mfc="none", label=f"{grid}x{grid} regions, each reading")
     counts = sorted({r["patches"] for r in rows if r["patches"] != "center"})
     if counts:
         axes.set_xscale("log", base=2)
@@ -111,7 +110,7 @@ def draw(result: dict[str, Any]) -> tuple[bytes, str]:
     axes.set_ylabel("test accuracy, %")
     axes.set_title(f"{Path(result['run']).name}: the bag against one patch", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=140)
     pyplot.close(figure)
