@@ -170,8 +170,8 @@ class EvalConfig:
         knn_k: Neighbors of the weighted kNN, clamped to the training images.
         knn_t: Its temperature.
         knn_space: What a second kNN beside it reads of the embeddings h: whitened (decorrelated by
-            the training images' covariance), standardized (each feature by itself), centered, or
-            plain for no second one.
+            the training images' covariance), rooted (square roots, then whitened), standardized
+            (each feature by itself), centered, or plain for no second one.
         test_fraction: Fraction of the images kept for testing where there is no test set.
     """
 
@@ -188,7 +188,7 @@ class EvalConfig:
     probe: Literal["ridge", "logistic"] = "ridge"
     knn_k: int = 20
     knn_t: float = 0.07
-    knn_space: Literal["whitened", "standardized", "centered", "plain"] = "whitened"
+    knn_space: Literal["rooted", "whitened", "standardized", "centered", "plain"] = "rooted"
     test_fraction: float = 0.2
 
 

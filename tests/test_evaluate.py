@@ -80,6 +80,14 @@ class TestKNNSpace:
         needed = F.normalize(want[1], dim=1) @ F.normalize(want[0], dim=1).T
         torch.testing.assert_close(got.double(), needed, rtol=1e-4, atol=1e-4)
 
+    def test_rooted_is_whitened_roots_with_their_signs(self):
+        x, _ = clusters(60, 5, noise=2.0)
+        y, _ = clusters(9, 5, seed=1)
+        got = knn_space(x, y, "rooted")
+        want = knn_space(*(v.sign() * v.abs().sqrt() for v in (x, y)), "whitened")
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
     def test_finds_classes_below_a_common_direction_and_a_loud_one(self):
         x, y = clusters(300, 8, noise=0.6)
         test_x, test_y = clusters(100, 8, noise=0.6, seed=1)
@@ -111,7 +119,7 @@ class TestKNNSpace:
         assert flat.isfinite().all()
 
     def test_unknown_space(self):
-        with pytest.raises(ValueError, match="'white'; supported: whitened, standardized"):
+        with pytest.raises(ValueError, match="'white'; supported: rooted, whitened"):
             knn_space(torch.ones(2, 2), torch.ones(2, 2), "white")
 
 
@@ -384,7 +392,7 @@ class TestRun:
         capsys.readouterr()
         assert evaluate.main([str(run_dir), *self.flags, "--grid", "2"]) == 0
         said = capsys.readouterr().out
-        assert "\n  16 2x2 |" in said and "whitened" in said and "(2x2: the mean of each" in said
+        assert "\n  16 2x2 |" in said and "rooted" in said and "(2x2: the mean of each" in said
         assert (run_dir / "eval.png").is_file()
         rows = json.loads((run_dir / "eval.json").read_text())["results"]
         grids = [row for row in rows if row["grid"] == 2]
@@ -393,7 +401,7 @@ class TestRun:
             ("random", "h", 16),
         ]
         beside = [row for row in rows if row["grid"] == 1]
-        assert all(("knn_whitened" in row) == (row["layer"] == "h") for row in rows)
+        assert all(("knn_rooted" in row) == (row["layer"] == "h") for row in rows)
         assert all(("rank" in row) == (row["grid"] == 1) for row in rows)
         for row, before in zip(beside, plain, strict=True):
             assert all(row[key] == before[key] for key in ("network", "layer", "patches", "knn"))
@@ -532,7 +540,7 @@ class TestRefusals:
         [
             (["--patches", "1,4,16", "--grid", "3"], "--grid 3 divides no bag of --patches 1,4,16"),
             (["--grid", "0"], "--grid 0: must be 1 or more"),
-            (["--knn_space", "white"], "whitened, standardized, centered or plain"),
+            (["--knn_space", "white"], "rooted, whitened, standardized, centered or plain"),
         ],
     )
     def test_readings_that_do_not_exist(self, run_dir, capsys, flags, why):

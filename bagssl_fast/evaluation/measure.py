@@ -38,6 +38,7 @@ from bagssl_fast.terminal import say
 
 RANK_ROWS = 2048
 SPACES = {
+    "rooted": "whose square roots are whitened by the covariance of the training images'",
     "whitened": "whitened by the covariance of the training images'",
     "standardized": "of which each feature has the mean 0 and the variance 1 in training images",
     "centered": "minus the mean of the training images'",
