@@ -6,6 +6,7 @@ command lines and yaml. Neither imports torch: `--help`, a wrong flag, a wrong p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -157,6 +158,9 @@ class EvalConfig:
             patch covers what it covered in training, for dense bags `augment.size`.
         random: Measure the same network at its random initialization beside it.
         random_patches: Largest bag of the random network (each costs as much as a trained one's).
+        grid: Read the largest bag of which it divides the patches per side a second time: the mean
+            of each of grid x grid regions, side by side, in so many times the memory of the mean; 1
+            for the bag's mean alone.
         projection_patches: Largest bag whose projection z is measured beside the embedding h (the
             head runs on every patch); 0 for the central crop only, -1 for none.
         max_train_images: Training images the probes see; 0 takes all.
@@ -165,6 +169,9 @@ class EvalConfig:
         probe: Linear probe: ridge (closed form, seconds) or logistic (L-BFGS, slower).
         knn_k: Neighbors of the weighted kNN, clamped to the training images.
         knn_t: Its temperature.
+        knn_space: What a second kNN beside it reads of the embeddings h: whitened (decorrelated by
+            the training images' covariance), rooted (square roots, then whitened), standardized
+            (each feature by itself), centered, or plain for no second one.
         test_fraction: Fraction of the images kept for testing where there is no test set.
     """
 
@@ -173,6 +180,7 @@ class EvalConfig:
     view: int = 0
     random: bool = True
     random_patches: int = 64
+    grid: int = 1
     projection_patches: int = 16
     max_train_images: int = 0
     max_test_images: int = 0
@@ -180,6 +188,7 @@ class EvalConfig:
     probe: Literal["ridge", "logistic"] = "ridge"
     knn_k: int = 20
     knn_t: float = 0.07
+    knn_space: Literal["rooted", "whitened", "standardized", "centered", "plain"] = "rooted"
     test_fraction: float = 0.2
 
 
@@ -368,6 +377,14 @@ def check_eval(options: EvalConfig, prefix: str = "eval.") -> None:
             )
     if not options.patches:
         raise ValueError(f"--{prefix}patches is empty: name at least one number, such as 1")
+    _at_least(f"{prefix}grid", options.grid, 1)
+    if all(math.isqrt(count) % options.grid for count in options.patches):
+        fits = (2 * options.grid) ** 2
+        raise ValueError(
+            f"--{prefix}grid {options.grid} divides no bag of --{prefix}patches "
+            f"{','.join(map(str, options.patches))}: the patches per side are to be a multiple of "
+            f"it; add a bag such as {fits}"
+        )
     _at_least(f"{prefix}view", options.view, 0)
     _at_least(f"{prefix}batch_size", options.batch_size, 0)
     _at_least(f"{prefix}knn_k", options.knn_k, 1)

@@ -25,6 +25,9 @@ class Evaluate(EvalConfig):
     the same network at its random initialization, for embedding h and projection z. Beside them
     stands the central crop: the whole central square, shrunk to the size of one patch.
 
+    The mean of h, read by cosines, is the paper's way. It is always there; beside it a second kNN
+    reads h in another space (knn_space), and a grid of regions keeps a part of the layout (grid).
+
     Args:
         run: Run directory, or a folder that `bagssl export` wrote.
         data: Training images of the probes.

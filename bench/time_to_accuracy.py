@@ -12,12 +12,16 @@ and gradient are compared with the float64 reference, as in `throughput.py`.
 All train the same number of steps, and what counts is the seconds of these steps. Compilation
 counts too: the clock of a compiled system begins with the seconds of its first forward and
 backward, with nothing of it in torch's cache; they are printed and have a row of their own. At
-intervals the clock is stopped, and a frozen copy of the encoder embeds bags of 25 patches of the
-training images and of some test images for the two probes, in the same way for every system; the
-embedding is the hypercolumn of `configs/cifar10_cpu.yaml` (the means of all maps: it has no weights
-of its own). Workers that run during that pause gain a few batches at most. The time to a target is
-interpolated between the two evaluations around it: `inf` if no evaluation reaches it, 0 if the
-initialization does. A training ends when every target is reached.
+intervals the clock is stopped, and a frozen copy of the encoder embeds bags of 25 patches for the
+two probes, in the same way for every system; the embedding is the hypercolumn of
+`configs/cifar10_cpu.yaml` (the means of all maps: it has no weights of its own). Workers that run
+during that pause gain a few batches at most. The time to a target is interpolated between the two
+evaluations around it: `inf` if no evaluation reaches it, 0 if the initialization does. A training
+ends when every target is reached.
+
+The curve is measured on training images that are held out from training and probes alike: recipes
+may be chosen by it. The test images are scored once, by the weights at a training's end, and have
+rows of their own.
 
 Seeds change the initialization, the order of the images and their augmentation; they run one after
 another, so use a quiet machine. Results are written after each training. `--short` is one seed of
@@ -41,6 +45,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in throughput.py
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import lr_scheduler
 
@@ -78,6 +83,7 @@ SHORT = FULL | {
     "seeds": 1,
 }
 QUICK = FULL | {"seeds": 1, "images": 640, "bank": 200, "evaluations": 2}
+HELD_OUT = 2_000  # training images of the curve; of a few images, at most a fifth
 EVAL_PATCHES = 25  # of each image
 OPTIM = OptimConfig(name="adamw", lr=3e-3, betas=(0.9, 0.99), weight_decay=1e-2)
 WARMUP = 0.06  # share of the steps, as in the recipe
@@ -99,18 +105,46 @@ Point = tuple[float, float, float]  # seconds of training, kNN, linear
 
 
 class Training(NamedTuple):
-    """What a training has shown: seconds of compilation (in those of the curve), the curve."""
+    """What a training has shown.
+
+    Args:
+        compilation: Its seconds, which are in those of the curve.
+        curve: On held-out training images.
+        test: kNN and linear probe of the test images at the end.
+    """
 
     compilation: float
     curve: list[Point]
+    test: tuple[float, float]
+
+
+class Probes(NamedTuple):
+    """The images of the probes: those that they learn, of the curve, of the end."""
+
+    bank: Images
+    held_out: Images
+    test: Images
 
 
 Trainings = dict[str, list[Training]]  # by system, one per seed
 
 
-def labels(images: Images) -> Tensor:
-    names = sorted(set(images.classes))
+def labels(images: Images, names: Sequence[str]) -> Tensor:
+    """int64 [N]; `names` are the classes in order."""
     return torch.tensor([names.index(name) for name in images.classes])
+
+
+def spread(size: int, count: int) -> NDArray[np.int64]:
+    """`count` of `size` indices, evenly spread: images lie in the order of their classes."""
+    return np.arange(count) * size // count
+
+
+def part(images: Images, picked: NDArray[np.int64], path: Path) -> Images:
+    """Some of the images, as an array of their own at `path`."""
+    assert images.array is not None
+    array = images.array[picked]
+    np.save(path, array)
+    return Images(str(path), array, (), tuple(images.classes[i] for i in picked))
 
 
 @torch.inference_mode()
@@ -140,17 +174,15 @@ def lr_factor(steps: int, step: int) -> float:
     warmup = max(1, WARMUP * steps)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
-def run(
-    system: System, probes: tuple[Images, Images], evaluations: int, first: Point | None
-) -> Training:
+def run(system: System, probes: Probes, evaluations: int, first: Point | None) -> Training:
     """Trains to the end or the highest targets.
 
     Args:
         system: What trains.
-        probes: Training images and test images of the probes.
+        probes: Their images.
         evaluations: How many after the first one, evenly spread.
         first: The evaluation before the first step, if another system has already done it.
 
@@ -167,11 +199,16 @@ def run(
     laps, curve, seconds = Laps(clock(system.setup.device)), [first] if first else [], compilation
     schedule = lr_scheduler.LambdaLR(system.optimizer, partial(lr_factor, system.setup.steps))
 
+    names = sorted({*probes.bank.classes, *probes.held_out.classes, *probes.test.classes})
+
+    def score(bank: Tensor, images: Images) -> tuple[float, float]:
+        rows = bank, labels(probes.bank, names), bags(system, images), labels(images, names)
+        return knn_accuracy(*rows), linear_probe(*rows).accuracy
+
     def evaluate(step: int) -> bool:
-        train, test = (bags(system, images) for images in probes)
-        y, t = (labels(images) for images in probes)
-        knn = knn_accuracy(train, y, test, t)
-        linear = linear_probe(train, y, test, t).accuracy
+        nonlocal bank
+        bank = bags(system, probes.bank)
+        knn, linear = score(bank, probes.held_out)
         curve.append((seconds if step else 0.0, knn, linear))
         print(f"    step {step}, {seconds:.1f} s: kNN {knn:.1%}, linear {linear:.1%}", flush=True)
         return all(
@@ -179,6 +216,7 @@ def run(
             for i, probe in enumerate(PROBES, start=1)
         )
 
+    bank = torch.empty(0)  # of the last evaluation
     if not first:
         evaluate(0)
     steps = system.setup.steps
@@ -191,7 +229,9 @@ def run(
         if evaluate(step):
             break
         laps.start()  # the pause does not count
-    return Training(compilation, curve)
+    test = score(bank, probes.test)  # the last step was due, or reached the targets
+    print(f"    test images: kNN {test[0]:.1%}, linear {test[1]:.1%}", flush=True)
+    return Training(compilation, curve, test)
 
 
 def seconds_to(target: float, curve: list[Point], probe: int) -> float:
@@ -216,7 +256,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"as in throughput.py (default: {', '.join(FULL['systems'])})",
     )
     parser.add_argument("--seeds", type=int, help="trainings of each system (default: 3)")
-    parser.add_argument("--images", type=int, help="training images (default: all)")
+    parser.add_argument(
+        "--images", type=int, help="training images, those held out included (default: all)"
+    )
     parser.add_argument("--bank", type=int, help="training images of the probes (default: all)")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--evaluations", type=int, help="during a training (default: 8)")
@@ -239,9 +281,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def trainings(o: argparse.Namespace, folder: Path) -> Iterator[Trainings]:
     """Trains every system from every seed; yields what there is after each training."""
     case: Case = replace(CASE, batch=min(64, CASE.batch) if o.quick else CASE.batch)
-    images = prepare_images("cifar", o.data, o.images, folder)
-    test = prepare_images("cifar-test", o.data, 100 if o.quick else 2_000, folder)
-    bank = images if o.bank == o.images else prepare_images("cifar", o.data, o.bank, folder)
+    found = prepare_images("cifar", o.data, o.images, folder)
+    test = prepare_images("cifar-test", o.data, 100 if o.quick else 10_000, folder)
+    held = spread(len(found), max(1, min(HELD_OUT, len(found) // 5)))
+    images = part(found, np.setdiff1d(np.arange(len(found)), held), folder / "train.npy")
+    picked = spread(len(images), min(o.bank, len(images)))
+    probes = Probes(
+        part(images, picked, folder / "bank.npy"), part(found, held, folder / "held.npy"), test
+    )
     steps = max(1, int(o.epochs * len(images) / case.batch))
     done: Trainings = {name: [] for name in o.systems}
     for seed in range(o.seeds):
@@ -256,7 +303,7 @@ def trainings(o: argparse.Namespace, folder: Path) -> Iterator[Trainings]:
             print(f"  {paint(name, 'bold')}, seed {seed}, {steps} steps")
             system = throughput.import_system(throughput.SYSTEMS[name][0])(setup)
             try:
-                done[name].append(run(system, (bank, test), o.evaluations, first))
+                done[name].append(run(system, probes, o.evaluations, first))
             finally:
                 system.close()
             first = done[name][-1].curve[0]
@@ -264,7 +311,7 @@ def trainings(o: argparse.Namespace, folder: Path) -> Iterator[Trainings]:
 
 
 def record(report: Report, done: Trainings) -> None:
-    """Rows: seconds of compilation and to each target, the best accuracy; a sample per seed."""
+    """Rows: seconds of compilation and to each target, accuracies; a sample per seed."""
     report.rows.clear()
     for name, runs in done.items():
         if not runs:
@@ -277,6 +324,7 @@ def record(report: Report, done: Trainings) -> None:
                 add(f"seconds to {target:.0%} {probe}", seconds, "s")
             best = [max(point[i] for point in run.curve) for run in runs]
             add(f"best {probe}", best, "fraction")
+            add(f"test {probe}", [run.test[i - 1] for run in runs], "fraction")
 
 
 def show(report: Report) -> None:

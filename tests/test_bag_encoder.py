@@ -85,6 +85,24 @@ def test_has_the_numbers_of_the_evaluation(run, patches, layer):
     torch.testing.assert_close(normalized(images), F.normalize(want, dim=1), rtol=1e-5, atol=1e-6)
 
 
+def test_a_grid_gives_the_regions_of_the_bag_side_by_side(run):
+    images = np.stack(pictures(*[(30, 41)] * 3))
+    whole = BagEncoder.from_run(run, patches=16, device="cpu")
+    regions = BagEncoder.from_run(run, patches=16, grid=2, device="cpu")
+    assert regions.dim == 4 * whole.dim and "grid=2" in repr(regions)
+    got = regions(images)
+    assert got.shape == (3, regions.dim)
+    torch.testing.assert_close(
+        got.unflatten(1, (4, -1)).mean(1), whole(images), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("patches, grid", [(9, 2), ("center", 2), (4, 0), (4, 1.5)])
+def test_a_grid_that_does_not_divide_the_bag_is_refused(run, patches, grid):
+    with pytest.raises(ValueError, match="grid"):
+        BagEncoder.from_run(run, patches=patches, grid=grid, device="cpu")
+
+
 @pytest.mark.parametrize("patches", [9, "center"])
 def test_patches_are_cut_by_the_implementation_in_force(run, patches, monkeypatch):
     """`--impl` holds for images in memory, too; the numbers are the same to rounding."""

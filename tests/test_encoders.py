@@ -282,7 +282,17 @@ def test_dense_maps_give_chosen_patches_and_their_mean(name: str, stride: int) -
         want = net.dense(x, stride).unflatten(0, (positions, positions))
     want = want[picked][:, picked].flatten(0, 1)
     torch.testing.assert_close(maps.patches(picked), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(maps.bag(picked), want.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(maps.means([picked])[0], want.mean(0), rtol=1e-5, atol=1e-5)
+    first, rest = picked[:1], picked[1:]
+    regions = want.unflatten(0, (3, 3))
+    regions = [
+        regions[rows][:, columns].mean((0, 1))
+        for rows in ([0], [1, 2])
+        for columns in ([0], [1, 2])
+    ]
+    torch.testing.assert_close(
+        maps.means([first, rest]), torch.stack(regions), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_bag_under_autocast_is_averaged_in_float32() -> None:
@@ -290,7 +300,7 @@ def test_a_bag_under_autocast_is_averaged_in_float32() -> None:
     x = images(2, 32, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         maps = net.dense_maps(x, 4)
-        bag = maps.bag(range(5))
+        (bag,) = maps.means([range(5)])
     assert maps.maps[-1].dtype == torch.bfloat16 and bag.dtype == torch.float32
     exact = maps.maps[-1].double().flatten(1, 2)  # 7 x 7 entries, of which a patch has 3 x 3
     weights = torch.tensor([1, 2, 3, 3, 3, 2, 1], dtype=torch.float64) / 15

@@ -20,13 +20,21 @@ from bagssl_fast.evaluation.datasets import find_test_data
 from bagssl_fast.evaluation.features import (
     CENTER,
     Plan,
+    bag_mean,
     calibrate,
     dense_grid,
     dense_stride,
     extract,
 )
 from bagssl_fast.evaluation.measure import new_name
-from bagssl_fast.evaluation.probes import RIDGE_GRID, knn_accuracy, linear_probe
+from bagssl_fast.evaluation.probes import (
+    KNN_SPACES,
+    RIDGE_GRID,
+    SHRINKAGE,
+    knn_accuracy,
+    knn_space,
+    linear_probe,
+)
 from bagssl_fast.models.bag_model import BagModel, build_model
 
 
@@ -55,6 +63,64 @@ class TestKNN:
     def test_clamps_k_to_the_bank(self):
         x, y = clusters(4, 6)
         assert knn_accuracy(x, y, x, y, k=20) >= 0.5
+
+
+class TestKNNSpace:
+    def test_whitened_cosines_are_those_of_the_principal_components(self):
+        """Against the eigenvectors: a Cholesky factor may be taken from the wrong side."""
+        x, _ = clusters(80, 6, noise=2.0)
+        x *= torch.tensor([10.0, 5, 1, 1, 0.5, 0.1])
+        y, _ = clusters(9, 6, seed=1)
+        a, b = knn_space(x, y, "whitened")
+        centered = (x - x.mean(0)).double()
+        values, vectors = torch.linalg.eigh(centered.T @ centered / 80)
+        root = vectors / (values + SHRINKAGE * values.mean()).sqrt()
+        want = [(v - x.mean(0)).double() @ root for v in (x, y)]
+        got = F.normalize(b, dim=1) @ F.normalize(a, dim=1).T
+        needed = F.normalize(want[1], dim=1) @ F.normalize(want[0], dim=1).T
+        torch.testing.assert_close(got.double(), needed, rtol=1e-4, atol=1e-4)
+
+    def test_rooted_is_whitened_roots_with_their_signs(self):
+        x, _ = clusters(60, 5, noise=2.0)
+        y, _ = clusters(9, 5, seed=1)
+        got = knn_space(x, y, "rooted")
+        want = knn_space(*(v.sign() * v.abs().sqrt() for v in (x, y)), "whitened")
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_finds_classes_below_a_common_direction_and_a_loud_one(self):
+        x, y = clusters(300, 8, noise=0.6)
+        test_x, test_y = clusters(100, 8, noise=0.6, seed=1)
+        loud = torch.randn(400, 1, generator=torch.Generator().manual_seed(2))
+        loud = 30 * loud * torch.tensor([1.0, -1, 1, -1, 1, -1, 1, -1]) + 100
+        x, test_x = x + loud[:300], test_x + loud[300:]
+        scores = {
+            space: knn_accuracy(*(v := knn_space(x, test_x, space))[:1], y, v[1], test_y)
+            for space in KNN_SPACES
+        }
+        assert scores["whitened"] > 0.9 > 0.6 > scores["plain"]
+
+    @pytest.mark.parametrize("space", KNN_SPACES)
+    def test_test_rows_take_no_part_in_the_statistics(self, space):
+        x, _ = clusters(30, 4)
+        y, _ = clusters(10, 4, seed=1)
+        before = x.clone()
+        together, alone = knn_space(x, y, space)[1], knn_space(x, y[:1], space)[1]
+        torch.testing.assert_close(together[:1], alone)
+        assert torch.equal(x, before)  # the linear probe reads them next
+
+    def test_dead_features_and_fewer_rows_than_features(self):
+        x, y = clusters(20, 40)
+        x = torch.cat([x, torch.zeros(20, 2), torch.full((20, 2), 7.0)], dim=1)
+        for space in KNN_SPACES:
+            a, b = knn_space(x, x, space)
+            assert a.isfinite().all() and knn_accuracy(a, y, b, y) > 0.9
+        flat, _ = knn_space(torch.ones(5, 3), torch.ones(2, 3), "whitened")
+        assert flat.isfinite().all()
+
+    def test_unknown_space(self):
+        with pytest.raises(ValueError, match="'white'; supported: rooted, whitened"):
+            knn_space(torch.ones(2, 2), torch.ones(2, 2), "white")
 
 
 class TestLinear:
@@ -212,6 +278,29 @@ class TestExtract:
                     z = model.project(h).mean(0)
                     torch.testing.assert_close(features["z", count], z, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("projected", [4, 16])
+    def test_a_grid_has_the_means_of_its_regions_side_by_side(self, images, projected):
+        """Off the maps (nothing is projected) and from embeddings; of the largest bag alone."""
+        source = open_source(str(images / "x-train.npz"))
+        model = lively(build_model(CONFIG))
+        plan = replace(PLAN, projection_up_to=projected, grid=2)
+        features, _ = extract(model, CONFIG, source, plan)
+        plain, _ = extract(model, CONFIG, source, replace(plan, grid=1))
+        x, sides = normalized(source), [0, 2, 6, 8]
+        with torch.no_grad():
+            h = torch.stack(
+                [model.embed(x[:, :, i : i + 8, j : j + 8]) for i in sides for j in sides]
+            )
+            layers = {"h": h, "z": model.project(h)}
+        for layer in ("h", "z") if projected == 16 else ("h",):
+            rows = layers[layer].unflatten(0, (4, 4))
+            want = [rows[i : i + 2, j : j + 2].mean((0, 1)) for i in (0, 2) for j in (0, 2)]
+            got = features[layer, 16]
+            torch.testing.assert_close(got, torch.cat(want, dim=1), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(bag_mean(got, 2), plain[layer, 16], rtol=1e-4, atol=1e-5)
+        for key in set(plain) - {("h", 16), ("z", 16)}:
+            assert torch.equal(features[key], plain[key])
+
     def test_central_crop_is_the_whole_image_at_patch_size(self, images):
         source = open_source(str(images / "x-train.npz"))
         model = lively(build_model(CONFIG))
@@ -238,6 +327,10 @@ class TestExtract:
         torch.testing.assert_close(
             whole["h", 4], normalized(source).mean((2, 3)), rtol=0, atol=1e-2
         )
+        quarters, _ = extract(model, config, source, replace(plan, grid=2))
+        corners = normalized(source).unflatten(2, (2, 8)).unflatten(4, (2, 8)).mean((3, 5))
+        corners = corners.flatten(2).transpose(1, 2).flatten(1)
+        torch.testing.assert_close(quarters["h", 4], corners, rtol=0, atol=1e-2)
         chosen = torch.tensor([3, 5, 20])
         part, labels = extract(model, config, source, replace(plan, batch_size=100), chosen)
         torch.testing.assert_close(part["h", 4], whole["h", 4][chosen])
@@ -291,6 +384,29 @@ class TestRun:
         assert rows["random", "h", 16]["std"] != row["std"]
         assert any("statistics averaged" in note for note in result["notes"])
 
+    def test_a_grid_and_a_space_stand_beside_the_plain_mean(self, run_dir, capsys):
+        """The paper's row, the plain mean read by a plain kNN, is there in any case."""
+        assert evaluate.main([str(run_dir), *self.flags, "--knn-space", "plain"]) == 0
+        plain = json.loads((run_dir / "eval.json").read_text())["results"]
+        assert not any("knn_" in key for row in plain for key in row)
+        capsys.readouterr()
+        assert evaluate.main([str(run_dir), *self.flags, "--grid", "2"]) == 0
+        said = capsys.readouterr().out
+        assert "\n  16 2x2 |" in said and "rooted" in said and "(2x2: the mean of each" in said
+        assert (run_dir / "eval.png").is_file()
+        rows = json.loads((run_dir / "eval.json").read_text())["results"]
+        grids = [row for row in rows if row["grid"] == 2]
+        assert [(r["network"], r["layer"], r["patches"]) for r in grids] == [
+            ("trained", "h", 16),
+            ("random", "h", 16),
+        ]
+        beside = [row for row in rows if row["grid"] == 1]
+        assert all(("knn_rooted" in row) == (row["layer"] == "h") for row in rows)
+        assert all(("rank" in row) == (row["grid"] == 1) for row in rows)
+        for row, before in zip(beside, plain, strict=True):
+            assert all(row[key] == before[key] for key in ("network", "layer", "patches", "knn"))
+            assert row["linear"] == pytest.approx(before["linear"], abs=0.1)
+
     def test_leaves_out_bags_larger_than_the_image_has_patches(self, run_dir, capsys):
         assert evaluate.main([str(run_dir), "--patches", "1,256", "--random=false"]) == 0
         assert "left out: bags of 256 patches" in capsys.readouterr().out
@@ -341,7 +457,8 @@ class TestRun:
     def test_every_option_of_the_record_can_be_set(self, run_dir):
         flags = "--patches [1,4] --view 16 --random false --random_patches 1 --projection-patches 0"
         flags += " --max_train_images 20 --max-test-images 9 --batch_size 5 --probe logistic"
-        flags += " --knn_k 3 --knn_t 0.2 --test_fraction 0.3 --impl reference --threads 1"
+        flags += " --knn_k 3 --knn_t 0.2 --grid 2 --knn_space centered --test_fraction 0.3"
+        flags += " --impl reference --threads 1"
         assert evaluate.main([str(run_dir), *flags.split()]) == 0
         settings = json.loads((run_dir / "eval.json").read_text())["settings"]
         changed = {name for name, value in asdict(EvalConfig()).items() if settings[name] != value}
@@ -368,7 +485,7 @@ class TestRun:
 
     def test_without_labels(self, run_dir, images, capsys):
         np.save(images / "plain.npy", np.load(images / "x-train.npz")["images"])
-        flags = ["--data", str(images / "plain.npy"), "--patches", "1,4"]
+        flags = ["--data", str(images / "plain.npy"), "--patches", "1,4", "--grid", "2"]
         assert evaluate.main([str(run_dir), *flags]) == 0
         said = capsys.readouterr().out
         assert "no labels" in said and "rank" in said and "linear |" not in said
@@ -417,6 +534,18 @@ class TestRefusals:
     def test_bags_that_are_no_grids(self, run_dir, capsys, patches):
         assert evaluate.main([str(run_dir), f"--patches={patches}"]) == 2
         assert "patches" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "flags, why",
+        [
+            (["--patches", "1,4,16", "--grid", "3"], "--grid 3 divides no bag of --patches 1,4,16"),
+            (["--grid", "0"], "--grid 0: must be 1 or more"),
+            (["--knn_space", "white"], "rooted, whitened, standardized, centered or plain"),
+        ],
+    )
+    def test_readings_that_do_not_exist(self, run_dir, capsys, flags, why):
+        assert evaluate.main([str(run_dir), *flags]) == 2
+        assert why in capsys.readouterr().err
 
     def test_other_classes(self, run_dir, images, capsys):
         path = images / "other.npz"

@@ -310,7 +310,8 @@ def test_time_to_accuracy_counts_compilation_and_keeps_what_is_done(
     compilation = rows["torch_kornia_compile", "compilation"]
     assert compilation > 0 == rows["bagssl_fast", "compilation"]
     assert f"compiled in {compilation:.1f} s, which count" in said
-    training = time_to_accuracy.Training(2.0, [(0.0, 0.4, 0.5), (12.0, 0.6, 0.6)])
+    curve = [(0.0, 0.4, 0.5), (12.0, 0.6, 0.6)]
+    training = time_to_accuracy.Training(2.0, curve, (0.3, 0.2))
     report = throughput.Report("time_to_accuracy", 1)
     time_to_accuracy.record(report, {"torch_kornia_compile": [training]})
     seconds = {row.metric: row.value for row in report.rows}
@@ -328,6 +329,42 @@ def test_time_to_accuracy_counts_compilation_and_keeps_what_is_done(
     with pytest.raises(KeyboardInterrupt):
         time_to_accuracy.main([*short_training, *systems])
     assert {row["provider"] for row in read_rows(short_training[-1])} == {"torch_kornia_compile"}
+
+
+def test_time_to_accuracy_looks_at_the_test_images_once(
+    short_training: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A curve on test images would choose recipes by them, one on trained images would flatter."""
+    import time_to_accuracy
+
+    embedded: list[Images] = []
+    trained: list[Images] = []
+    bags, run = time_to_accuracy.bags, time_to_accuracy.run
+
+    def embed(system: Any, images: Images) -> Any:
+        embedded.append(images)
+        return bags(system, images)
+
+    def watched(system: Any, *args: Any) -> Any:
+        trained.append(system.setup.images)
+        return run(system, *args)
+
+    monkeypatch.setattr(time_to_accuracy, "bags", embed)
+    monkeypatch.setattr(time_to_accuracy, "run", watched)
+    time_to_accuracy.main([*short_training, "--systems", "bagssl_fast", "--evaluations", "2"])
+    bank, held_out, test = embedded[0], embedded[1], embedded[-1]
+    assert embedded == [bank, held_out] * (len(embedded) // 2) + [test]
+    assert len(test) == 8  # all of cifar10-test.tar
+
+    def pixels(images: Images) -> set[bytes]:
+        assert images.array is not None
+        return {picture.tobytes() for picture in images.array}
+
+    assert pixels(bank) == pixels(trained[0])
+    assert not pixels(held_out) & pixels(trained[0])
+    assert pixels(held_out) | pixels(trained[0]) == pixels(test)  # the same tar, here
+    metrics = {row["metric"] for row in read_rows(short_training[-1])}
+    assert {"best kNN", "test kNN", "test linear"} <= metrics
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:

@@ -93,6 +93,7 @@ def _read(
         plan,
         counts=plan.counts if CENTER in counts else plan.counts[1:],
         projection_up_to=projections_up_to,
+        grid=1,
     )
     train, train_labels = extract(model, config, images.train, plan, images.train_indices)
     test, test_labels = extract(model, config, images.test, plan, images.test_indices)

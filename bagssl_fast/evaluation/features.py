@@ -25,7 +25,7 @@ from bagssl_fast.models.heads import Projector
 
 CALIBRATION_BATCHES = 20
 CENTER = 0  # the "number of patches" of the central crop
-Features = dict[tuple[str, int], Tensor]  # (layer, patches) -> [N, F] in float32
+Features = dict[tuple[str, int], Tensor]  # (layer, patches) -> [N, G * G * F] in float32
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Plan:
         precision: Of the forward pass.
         num_threads: Of the loader, 0 for its own choice.
         on_error: What a broken image does.
+        grid: The largest bag that allows it is averaged over each of grid x grid regions, whose
+            means stand side by side.
     """
 
     counts: tuple[int, ...]
@@ -49,10 +51,16 @@ class Plan:
     precision: torch.dtype = torch.float32
     num_threads: int = 0
     on_error: str = "raise"
+    grid: int = 1
 
     def layers(self, count: int) -> tuple[str, ...]:
         """The layers that are measured at a count."""
         return ("h", "z") if count <= self.projection_up_to else ("h",)
+
+    def regions(self, count: int) -> int:
+        """Regions G per side of the bag, of which `extract` gives the means; mostly 1."""
+        whole = [n for n in self.counts if n and math.isqrt(n) % self.grid == 0]
+        return self.grid if count == max(whole, default=None) else 1
 
 
 def view_size(config: Config) -> int:
@@ -98,7 +106,7 @@ def dense_stride(counts: tuple[int, ...], span: int) -> int:
 def extract(
     model: BagModel, config: Config, source: Source, plan: Plan, indices: Tensor | None = None
 ) -> tuple[Features, Tensor | None]:
-    """Features of a data set, averaged over each image's bag.
+    """Features of a data set, averaged over each image's bag or its regions.
 
     Args:
         model: In eval mode, on `plan.device`.
@@ -108,7 +116,8 @@ def extract(
         indices: Which images, int64; None for all.
 
     Returns:
-        Features per layer and count, on the device, and the labels [N] (None without labels).
+        Features per layer and count, [N, G * G * F] for G = `plan.regions(count)`, on the device,
+        and the labels [N] (None without labels).
     """
     return extract_folded(fold_batch_norm(model), config, source, plan, indices)
 
@@ -179,22 +188,40 @@ class Collector:
         self._labels: list[Tensor] = []
 
     def add(self, model: BagModel, plan: Plan, bags: dict[int, Tensor], labels: Tensor) -> None:
-        """Takes embeddings h [P, B, F] per count, or their mean [1, B, F] if none is projected."""
+        """Takes embeddings h [P, B, F] per count, or the regions' [G * G, B, F] of unprojected."""
         self._labels.append(labels.to(plan.device, copy=True))
         for count, h in bags.items():
-            self._parts.setdefault(("h", count), []).append(h.float().mean(dim=0))
+            grid = plan.regions(count)
+            self._parts.setdefault(("h", count), []).append(side_by_side(h, grid))
             if "z" in plan.layers(count):
                 with torch.autocast(
                     plan.device.type, plan.precision, plan.precision != torch.float32
                 ):
                     z = model.project(h)
-                self._parts.setdefault(("z", count), []).append(z.float().mean(dim=0))
+                self._parts.setdefault(("z", count), []).append(side_by_side(z, grid))
 
     def features(self) -> Features:
         return {key: torch.cat(parts) for key, parts in self._parts.items()}
 
     def labels(self) -> Tensor:
         return torch.cat(self._labels)
+
+
+def region_means(x: Tensor, grid: int) -> Tensor:
+    """Means of patches [n * n, B, F] over grid x grid regions: [grid * grid, B, F] in float32."""
+    n = math.isqrt(len(x))
+    x = x.float().unflatten(0, (grid, n // grid, grid, n // grid))
+    return x.mean((1, 3)).flatten(0, 1)
+
+
+def side_by_side(x: Tensor, grid: int) -> Tensor:
+    """Patches, or the means of regions, [n * n, B, F] as features [B, grid * grid * F]."""
+    return region_means(x, grid).transpose(0, 1).flatten(1)
+
+
+def bag_mean(x: Tensor, grid: int) -> Tensor:
+    """The bag's mean [N, F] of the features of its regions [N, grid * grid * F]."""
+    return x.unflatten(1, (grid * grid, -1)).mean(1)
 
 
 def dense_bags(
@@ -206,10 +233,10 @@ def dense_bags(
         model, plan: As for `extract`.
         views: [B, C, H, W].
         counts: Patches per bag, squares.
-        means: Those counts of which the mean over the bag is enough.
+        means: Those counts of which means over the bag, or its regions, are enough.
 
     Returns:
-        h [P, B, F] per count; [1, B, F], the mean, for `means`.
+        h [P, B, F] per count; [G * G, B, F], the means, for `means`.
     """
     backbone = as_dense(model.backbone)
     span = views.shape[2] - backbone.patch_size
@@ -219,12 +246,14 @@ def dense_bags(
     with torch.autocast(plan.device.type, plan.precision, plan.precision != torch.float32):
         maps = backbone.dense_maps(views, stride)
         for count in counts:
-            grid = dense_grid(count, positions)
+            places, grid = dense_grid(count, positions), plan.regions(count)
             if count in means and isinstance(model.head, Projector):
-                bags[count] = maps.bag(grid)[None]  # its embedding is the backbone's output
+                side = len(places) // grid
+                bands = [places[i : i + side] for i in range(0, len(places), side)]
+                bags[count] = maps.means(bands)  # their embeddings are the backbone's output
                 continue
-            h = model.head.embed(maps.patches(grid))
-            bags[count] = h.float().mean(dim=0, keepdim=True) if count in means else h
+            h = model.head.embed(maps.patches(places))
+            bags[count] = region_means(h, grid) if count in means else h
     return bags
 
 
@@ -354,4 +383,5 @@ def make_plan(config: Config, model: BagModel, device: torch.device) -> Plan:
         precision=torch.bfloat16 if bf16 else torch.float32,
         num_threads=config.loader.num_threads,
         on_error=config.loader.on_error,
+        grid=config.eval.grid,
     )

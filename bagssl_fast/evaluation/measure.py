@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bagssl_fast import cli
 from bagssl_fast.config import Config, patch_size
@@ -20,12 +21,13 @@ from bagssl_fast.evaluation.features import (
     CALIBRATION_BATCHES,
     Features,
     Plan,
+    bag_mean,
     extract,
     make_plan,
     random_network,
     view_size,
 )
-from bagssl_fast.evaluation.probes import knn_accuracy, linear_probe
+from bagssl_fast.evaluation.probes import knn_accuracy, knn_space, linear_probe
 from bagssl_fast.evaluation.quality import collapse
 from bagssl_fast.evaluation.report import draw, table
 from bagssl_fast.files import write_atomic
@@ -35,6 +37,12 @@ from bagssl_fast.models.bag_model import BagModel
 from bagssl_fast.terminal import say
 
 RANK_ROWS = 2048
+SPACES = {
+    "rooted": "whose square roots are whitened by the covariance of the training images'",
+    "whitened": "whitened by the covariance of the training images'",
+    "standardized": "of which each feature has the mean 0 and the variance 1 in training images",
+    "centered": "minus the mean of the training images'",
+}
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ def new_name(folder: Path, suffix: str) -> Path:
 def measure(
     name: str, model: BagModel, config: Config, data: Data, plan: Plan
 ) -> list[dict[str, Any]]:
-    """One row of results per layer and number of patches."""
+    """One row of results per layer and number of patches, and one per grid of regions."""
     started = time.monotonic()
     train, train_labels = extract(model, config, data.train, plan, data.train_indices)
     test: Features = {}
@@ -187,20 +195,40 @@ def measure(
         test, test_labels = extract(model, config, data.test, plan, data.test_indices)
     say(f"features {name}: {time.monotonic() - started:.1f} s")
     rows = []
-    for (layer, patches), x in train.items():
+    for layer, patches in list(train):
+        # Popped: side by side, the regions of one bag may need more memory than all other features.
+        x, y = train.pop((layer, patches)), test.pop((layer, patches), None)
+        regions = plan.regions(patches)
         row: dict[str, Any] = {"network": name, "layer": layer, "patches": patches or "center"}
-        row |= collapse(x, sample=RANK_ROWS)
-        if train_labels is not None and test_labels is not None:
-            arguments = (x, train_labels, test[layer, patches], test_labels)
-            row["knn"] = knn_accuracy(
-                *arguments, k=config.eval.knn_k, temperature=config.eval.knn_t
-            )
-            probe = linear_probe(*arguments, method=config.eval.probe, seed=config.seed)
-            row |= {"linear": probe.accuracy, "linear_held_out": probe.held_out}
-            row["penalty"] = probe.penalty
-        rows.append(row)
+        mean = bag_mean(x, regions)
+        rows.append(row | {"grid": 1} | collapse(mean, sample=RANK_ROWS))
+        if y is None or train_labels is None or test_labels is None:
+            continue
+        rows[-1] |= accuracies(mean, train_labels, bag_mean(y, regions), test_labels, layer, config)
+        if regions > 1:
+            read = accuracies(x, train_labels, y, test_labels, layer, config)
+            rows.append(row | {"grid": regions} | read)
     say(f"probes   {name}: {time.monotonic() - started:.1f} s with the features")
     return rows
+
+
+def accuracies(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, layer: str, c: Config
+) -> dict[str, Any]:
+    """The probes' part of a row."""
+
+    def knn(train: Tensor, test: Tensor) -> float:
+        vote = {"k": c.eval.knn_k, "temperature": c.eval.knn_t}
+        return knn_accuracy(train, train_labels, test, test_labels, **vote)  # type: ignore[arg-type]
+
+    row: dict[str, Any] = {"knn": knn(train, test)}
+    space = c.eval.knn_space
+    if space != "plain" and layer == "h":
+        row[f"knn_{space}"] = knn(*knn_space(train, test, space))
+    data = train, train_labels, test, test_labels
+    probe = linear_probe(*data, method=c.eval.probe, seed=c.seed)
+    row |= {"linear": probe.accuracy, "linear_held_out": probe.held_out}
+    return row | {"penalty": probe.penalty}
 
 
 def notes(config: Config, data: Data, plan: Plan) -> list[str]:
@@ -216,6 +244,15 @@ def notes(config: Config, data: Data, plan: Plan) -> list[str]:
         f"linear: {config.eval.probe} on standardized features, penalty chosen on held-out "
         f"training images; kNN: k {config.eval.knn_k}, T {config.eval.knn_t}, cosine"
     )
+    if data.labeled and config.eval.knn_space != "plain":
+        lines.append(
+            f"{config.eval.knn_space}: the same kNN on embeddings {SPACES[config.eval.knn_space]}"
+        )
+    if data.labeled and config.eval.grid > 1:
+        lines.append(
+            f"{config.eval.grid}x{config.eval.grid}: the mean of each of so many regions of the "
+            "bag, side by side; all other rows read the bag's mean"
+        )
     missing = sorted(set(config.eval.patches) - set(plan.counts))
     if missing:
         lines.append(

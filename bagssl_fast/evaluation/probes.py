@@ -1,4 +1,4 @@
-"""Label probes of frozen features: a weighted kNN and a linear classifier, both exact and quick."""
+"""Label probes of frozen features: a weighted kNN, in several spaces, and a linear classifier."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 # features.
 RIDGE_GRID = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 LOGISTIC_GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
+KNN_SPACES = ("rooted", "whitened", "standardized", "centered", "plain")
+SHRINKAGE = 0.01  # bench/NOTES.md has the choice
 HELD_OUT = 0.1  # share of the training rows that a classifier is scored on
 ENOUGH = 500  # rows to choose by; where a tenth is fewer, more tenths take their turn
 
@@ -45,17 +47,63 @@ def knn_accuracy(
         The fraction of test rows whose class wins the vote.
     """
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    bank = F.normalize(train.float(), dim=1).T.contiguous()
-    k = min(k, bank.shape[1])
+    bank = F.normalize(train.float(), dim=1)
+    k = min(k, len(bank))
     correct = 0
     for rows, labels in zip(test.split(chunk), test_labels.split(chunk), strict=True):
-        cosine, index = (F.normalize(rows.float(), dim=1) @ bank).topk(k, dim=1)
+        cosine, index = (F.normalize(rows.float(), dim=1) @ bank.T).topk(k, dim=1)
         votes = torch.zeros(len(rows), classes, device=rows.device)
         # A common factor per row changes no winner and keeps exp in range.
         weights = ((cosine - cosine[:, :1]) / temperature).exp()
         votes.scatter_add_(1, train_labels[index], weights)
         correct += int((votes.argmax(dim=1) == labels).sum())
     return correct / len(test)
+
+
+@torch.no_grad()
+def knn_space(train: Tensor, test: Tensor, space: str) -> tuple[Tensor, Tensor]:
+    """Features as a kNN may read them, by statistics of the training rows alone.
+
+    Cosines between means over patches are dominated by their common direction and by the few of
+    largest variance, which say little of the class. Whitening gives all directions one weight, but
+    for those of hardly any variance: `SHRINKAGE` of the mean variance is added to each. Roots
+    before that (sign(x) sqrt|x|) tell weak responses apart that strong ones would drown.
+
+    Args:
+        train: Features [N, F].
+        test: Features [M, F].
+        space: plain, centered, standardized, whitened or rooted.
+
+    Returns:
+        Both, in float32.
+
+    Raises:
+        ValueError: For an unknown space.
+    """
+    if space not in KNN_SPACES:
+        raise ValueError(f"knn_space: space {space!r}; supported: {', '.join(KNN_SPACES)}")
+    train, test = train.float(), test.float()
+    if space == "plain":
+        return train, test
+    if space == "rooted":
+        train, test = (x.abs().sqrt_().copysign_(x) for x in (train, test))
+    mean = train.mean(dim=0)
+    train, test = train - mean, test - mean
+    if space == "standardized":
+        variance = train.square().mean(dim=0)
+        scale = (variance + 1e-6 * variance.mean()).clamp(min=1e-30).rsqrt()
+        return train.mul_(scale), test.mul_(scale)
+    if space in ("rooted", "whitened"):
+        covariance = (train.T @ train).double() / len(train)
+        variances = covariance.diagonal()
+        variances += (SHRINKAGE * variances.mean()).clamp(min=1e-30)
+        # Cosines are those of any other whitening: they differ by a rotation.
+        root = torch.linalg.cholesky(covariance)
+        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        whitening = torch.linalg.solve_triangular(root, eye, upper=False).T.float()
+        for rows in (*train.split(4096), *test.split(4096)):
+            rows.copy_(rows @ whitening)  # regions side by side may be gigabytes
+    return train, test
 
 
 @dataclass(frozen=True)
@@ -107,7 +155,7 @@ def linear_probe(
         raise ValueError(f"linear_probe: method {method!r}; supported: ridge, logistic")
     mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
     std = torch.where(std > 1e-6 * std.max().clamp(min=1e-12), std, torch.inf)  # drops dead ones
-    train, test = (train - mean) / std, (test - mean) / std
+    train, test = (train - mean).div_(std), (test - mean).div_(std)
     train_labels = train_labels.clone()  # may come from inference mode, which autograd refuses
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +38,8 @@ class BagEncoder:
     """A trained encoder as a function from images to the embeddings of their bags.
 
     An image's bag is the grid of patches of `python -m bagssl_fast.evaluate`, at the same places
-    and scale, and the embedding is the mean over it: `BagEncoder(..., patches=n)` gives the numbers
-    of `evaluate --patches n`.
+    and scale, and the embedding is the mean over it: `BagEncoder(..., patches=n, grid=g)` gives the
+    numbers of `evaluate --patches n --grid g`.
 
     Args:
         model: Backbone and head.
@@ -46,6 +47,8 @@ class BagEncoder:
         patches: Patches per image, a square number n * n; or "center": one patch that shows the
             whole central square of the image.
         layer: "embedding" (what evaluation pools) or "projection" (where the loss lives).
+        grid: The bag is averaged over each of grid x grid regions, whose means stand side by side;
+            1 for the bag's mean. It divides the patches per side.
         normalize: Divide each result by its L2 norm.
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         precision: Of the forward pass: fp32, bf16 or fp16 (`evaluate` uses bf16 on CUDA).
@@ -54,7 +57,7 @@ class BagEncoder:
         num_threads: Threads that decode and cut; 0 for a choice by the machine.
 
     Attributes:
-        dim: Size of an embedding (or projection).
+        dim: Size of an embedding (or projection), of all regions together.
 
     Raises:
         ValueError: For options that do not exist or do not go together.
@@ -67,6 +70,7 @@ class BagEncoder:
         *,
         patches: int | str = 16,
         layer: str = "embedding",
+        grid: int = 1,
         normalize: bool = False,
         device: str = "auto",
         precision: str = "fp32",
@@ -83,9 +87,11 @@ class BagEncoder:
         bare = BagModel(model.backbone, model.head, model.dense, model.stride)
         self.model = fold_batch_norm(bare).to(place)
         self.config, self.layer, self.normalize = config, layer, normalize
-        self.patches = patches
-        self.dim = model.embedding_dim if layer == "embedding" else model.projection_dim
+        self.patches, self.grid = patches, grid
         count = _check_count(patches, config, is_dense(model.backbone))
+        _check_grid(grid, count)
+        dim = model.embedding_dim if layer == "embedding" else model.projection_dim
+        self.dim = dim * grid * grid
         self.plan = Plan(
             counts=(count,),
             projection_up_to=count if layer == "projection" else -1,
@@ -93,6 +99,7 @@ class BagEncoder:
             device=place,
             precision=PRECISIONS[precision],
             num_threads=num_threads,
+            grid=grid,
         )
 
     @classmethod
@@ -169,7 +176,8 @@ class BagEncoder:
     def __repr__(self) -> str:
         return (
             f"BagEncoder({self.config.encoder.name}, patches={self.patches!r}, "
-            f"layer={self.layer!r}, dim={self.dim}, device={str(self.plan.device)!r})"
+            f"grid={self.grid}, layer={self.layer!r}, dim={self.dim}, "
+            f"device={str(self.plan.device)!r})"
         )
 
 
@@ -192,3 +200,14 @@ def _check_count(patches: int | str, config: Config, dense: bool) -> int:
                 f"{side * side} patches of {patch_size(config)} pixels; ask for at most that many"
             )
     return int(patches)
+
+
+def _check_grid(grid: int, count: int) -> None:
+    if not isinstance(grid, (int, np.integer)) or grid < 1:
+        raise ValueError(f"BagEncoder: grid {grid!r}; expected a whole number from 1 on")
+    if grid > 1 and (count == CENTER or math.isqrt(count) % grid):
+        had = "one" if count == CENTER else f"{math.isqrt(count)} x {math.isqrt(count)}"
+        raise ValueError(
+            f"BagEncoder: grid {grid} does not divide a bag of {had} patches into regions; take "
+            f"patches {(2 * grid) ** 2}, say"
+        )

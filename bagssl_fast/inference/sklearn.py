@@ -27,8 +27,8 @@ class BagFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
 
     Args:
         run: A run directory, or a folder that `bagssl_fast.export` wrote.
-        patches, layer, normalize, device, precision, batch_size, num_threads: As `BagEncoder` has
-            them.
+        patches, layer, grid, normalize, device, precision, batch_size, num_threads: As `BagEncoder`
+            has them.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class BagFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         *,
         patches: int | str = 16,
         layer: str = "embedding",
+        grid: int = 1,
         normalize: bool = False,
         device: str = "auto",
         precision: str = "fp32",
@@ -46,6 +47,7 @@ class BagFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         self.run = run
         self.patches = patches
         self.layer = layer
+        self.grid = grid
         self.normalize = normalize
         self.device = device
         self.precision = precision

@@ -47,8 +47,14 @@ class DenseMaps(Protocol):
                 `len(picked) ** 2`. None for all R * C.
         """
 
-    def bag(self, picked: Sequence[int]) -> Tensor:
-        """The mean of `patches(picked)` over the bag, `[N, F]` in float32 or float64."""
+    def means(self, bands: Sequence[Sequence[int]]) -> Tensor:
+        """Means of the patches of regions, `[R * R, N, F]` in float32 or float64.
+
+        Args:
+            bands: R times the rows of the grid, and likewise columns, that make a region; a region
+                has those of one band across and one band down, and regions are in row-major order.
+                Of one band the result is a bag's mean, `[1, N, F]`.
+        """
 
 
 class Backbone(Protocol):
@@ -148,8 +154,8 @@ class WindowMaps:
     """`DenseMaps` whose embeddings are means over windows of one or several maps.
 
     Means over rows, then over columns, each as a product with a banded matrix, which serves dilated
-    windows too and costs what `avg_pool2d` costs on those that are not. A bag's mean is one more
-    such product: the embeddings of its patches need not exist for it.
+    windows too and costs what `avg_pool2d` costs on those that are not. The mean of a bag, or of a
+    region of it, is such a product too: the embeddings of its patches need not exist for it.
 
     Args:
         maps: `[N, H, W, C]` of each layer that is part of the embedding; C add up to F.
@@ -170,13 +176,16 @@ class WindowMaps:
             parts.append(x)
         return torch.cat(parts, 3).flatten(1, 2).transpose(0, 1)
 
-    def bag(self, picked: Sequence[int]) -> Tensor:
-        """As `DenseMaps.bag`."""
+    def means(self, bands: Sequence[Sequence[int]]) -> Tensor:
+        """As `DenseMaps.means`."""
         parts = []
         with torch.autocast(self.maps[0].device.type, enabled=False):
             for x, window in zip(self.maps, self.windows, strict=True):
                 x = x if x.dtype == torch.float64 else x.float()
-                rows, columns = (window.matrix(x, n, picked).mean(0) for n in x.shape[1:3])
-                x = (rows @ x.flatten(2)).unflatten(1, x.shape[2:])
+                rows, columns = (
+                    torch.stack([window.matrix(x, n, band).mean(0) for band in bands])
+                    for n in x.shape[1:3]
+                )
+                x = (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
                 parts.append(columns @ x)
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 3).flatten(1, 2).transpose(0, 1)
