@@ -13,6 +13,13 @@ from torch import Tensor, nn
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def tune_device(device: torch.device) -> None:
+    """Settings of the device that training wants."""
+    if device.type == "cuda":
+        # A run has one shape: each convolution's fastest algorithm is looked for once.
+        torch.backends.cudnn.benchmark = True
+
+
 def objective(
     forward: nn.Module, loss: nn.Module, patches: Tensor, precision: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:

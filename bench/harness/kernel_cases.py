@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from bagssl_fast.kernels import _lars as lars
 from bagssl_fast.kernels import bag_pool, patch_embed, patch_views, tcr, vicreg
 from bagssl_fast.kernels import linear_bn_relu as block
 
@@ -183,6 +184,26 @@ def embed_case(
     return Case("patch_embed", label, launch, passes, quick=quick)
 
 
+def lars_case(emp: bool, *sizes: int, quick: bool = False) -> Case:
+    """One step of a group; float32 whatever the dtype."""
+    total = sum(sizes)
+
+    def launch(make: Make, dtype: torch.dtype) -> None:
+        triple = [[make(size) for size in sizes] for _ in range(3)]
+        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "eta": 0.001}
+        lars.lars(*triple, **options, adapt=True, emp=emp)
+
+    def passes(dtype: torch.dtype) -> list[Pass]:
+        norms = ("_lars_norms_kernel", "_lars_ratio_kernel")
+        return [
+            Pass("norms", norms, 8 * total, 6 * total, FLOOR),
+            Pass("update", ("_lars_update_kernel",), 20 * total, 6 * total, FLOOR),
+        ]
+
+    label = f"{'EMP-SSL' if emp else 'VICReg'}, {len(sizes)} tensors, {total / 1e6:.1f} M"
+    return Case("lars", label, launch, passes, quick=quick)
+
+
 def view_table(num_slots: int, batch: int, image: int) -> torch.Tensor:
     """Crops of a quarter of the image on average, every augmentation at its usual probability."""
     generator = torch.Generator().manual_seed(0)
@@ -260,6 +281,8 @@ CASES: list[Case] = [
     block_case(4096, 8192),
     block_case(2000, 4096, quick=True),
     block_case(51200, 512),
+    lars_case(False, 8192 * 8192, 8192 * 2048, 512 * 512 * 9, 64 * 64 * 9, quick=True),
+    lars_case(True, 4096 * 4096, 4096 * 512, 512 * 512 * 9, 64 * 64 * 9),
     embed_case(64, 32, 256, 16, 256),
     embed_case(256, 224, 20, 32, 512),
     view_case(32, False, 64, 6, quick=True),
