@@ -6,6 +6,7 @@ papers' code. The learning rate is a pure function of the step: a resumed run ne
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
@@ -113,8 +114,7 @@ def _update_at_once(
     """By the kernel, in three launches; False where there is no Triton or it does not serve."""
     if find_spec("triton") is None:
         return False
-    from bagssl_fast.kernels import _lars as lars  # the one place here that needs Triton
-
+    lars = importlib.import_module("bagssl_fast.kernels._lars")  # which needs Triton
     if not lars.serves(weights, grads, buffers):
         return False
     names = ("lr", "momentum", "weight_decay", "eta", "adapt")
@@ -265,7 +265,7 @@ class WeightAverage:
     def update(self, model: nn.Module) -> None:
         """Takes in the weights after one step: on a GPU a launch for each type of number."""
         values = model.state_dict()
-        learned, others = [], dict[torch.dtype, list[str]]()
+        learned, others = list[str](), dict[torch.dtype, list[str]]()
         for name, value in values.items():
             (learned if name in self.learned else others.setdefault(value.dtype, [])).append(name)
         move_average(

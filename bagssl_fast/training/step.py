@@ -26,7 +26,7 @@ def objective(
     """The loss of a batch, its terms, and h and z: patches `[P, B, C, h, w]`."""
     with torch.autocast(patches.device.type, precision, precision != torch.float32):
         h, z = forward(patches)
-    value, terms = loss(z.float())
+    value, terms = loss(z)  # as autocast made it: the losses sum in float32 themselves
     return value, terms, h, z
 
 
