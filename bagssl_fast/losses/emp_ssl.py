@@ -37,7 +37,7 @@ class EMPSSL(nn.Module):
         z = full(z)
         pooled = ops.bag_pool(z, cosine=True, impl=self.impl)
         assert pooled.cosine is not None
-        bag_cosine = all_reduce_mean(pooled.cosine.mean(), self.group)
+        bag_cosine = all_reduce_mean(pooled.cosine.mean(), self.group, alike=True)
         coding_rate = ops.tcr(z, eps=self.eps, group=self.group, impl=self.impl).mean()
         loss = -self.patch_sim * bag_cosine - self.tcr * coding_rate
         return loss, detached(bag_cosine=bag_cosine, coding_rate=coding_rate)
