@@ -11,6 +11,7 @@ from torch import Tensor
 from two_ranks import WORLD, process_group
 
 from bagssl_fast import ops
+from bagssl_fast.distributed import collectives
 from bagssl_fast.losses import build_loss
 
 LOSSES: dict[str, tuple[str, tuple[int, int, int]]] = {
@@ -53,28 +54,25 @@ def wire() -> Iterator[list[int]]:
     """Bytes that this rank receives, by ring algorithms, of every collective in the block."""
     received: list[int] = []
     share = (WORLD - 1) / WORLD
-    names = {
-        # Of the result: a ring passes the sums around once more.
-        "all_reduce": lambda x, *_: 2 * share * x.nbytes,
-        "all_gather_into_tensor": lambda out, *_: share * out.nbytes,
-        "all_to_all_single": lambda out, *_: share * out.nbytes,
-    }
-    originals = {name: getattr(dist, name) for name in names}
+    places = (
+        (dist, "all_reduce", 2 * share),  # a ring passes the sums around once more
+        (collectives, "_all_gather", share),
+        (dist, "all_to_all_single", share),
+    )
 
-    def counting(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            received.append(round(names[name](*args)))
-            return originals[name](*args, **kwargs)
+    def counting(collective: Any, factor: float) -> Any:
+        def call(result: Tensor, *args: Any, **kwargs: Any) -> Any:
+            received.append(round(factor * result.nbytes))
+            return collective(result, *args, **kwargs)
 
         return call
 
-    try:
-        for name in names:
-            setattr(dist, name, counting(name))
+    with contextlib.ExitStack() as stack:
+        for owner, name, factor in places:
+            collective = getattr(owner, name)
+            stack.callback(setattr, owner, name, collective)
+            setattr(owner, name, counting(collective, factor))
         yield received
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 def main(rank: int, folder: str) -> None:

@@ -18,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# Its name since torch 2.14, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class _AllReduceSum(torch.autograd.Function):
     """Sum over ranks; backward: the sum over ranks of the gradients."""
@@ -43,7 +46,7 @@ class _Gather(torch.autograd.Function):
         x = x.contiguous()
         world = dist.get_world_size(group)
         parts = x.new_empty(world * x.numel())
-        dist.all_gather_into_tensor(parts, x.view(-1), group=group)
+        _all_gather(parts, x.view(-1), group=group)
         return parts.view(world, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
 
     @staticmethod

@@ -228,8 +228,15 @@ def view_table(num_slots: int, batch: int, image: int) -> torch.Tensor:
     return params
 
 
-def view_case(size: int, bicubic: bool, image: int, counted: int, quick: bool = False) -> Case:
-    num_slots, batch = 20, 256
+def view_case(
+    size: int,
+    bicubic: bool,
+    image: int,
+    counted: int,
+    quick: bool = False,
+    num_slots: int = 20,
+    batch: int = 256,
+) -> Case:
     kernels = ("_small_views_kernel", "_large_views_kernel")
     table = view_table(1, counted, image)
 
@@ -238,10 +245,10 @@ def view_case(size: int, bicubic: bool, image: int, counted: int, quick: bool = 
         offsets = make(images, dtype=torch.int64)
         sides = make(images, dtype=torch.int32)
         params = make(slots, images, 16)
-        if data.device.type == "cpu":
+        if data.device.type != "meta":
             offsets.copy_(torch.arange(images) * image * image * 3)
             sides.fill_(image)
-            params.copy_(table)
+            params.copy_(view_table(slots, images, image))
         patch_views.patch_views_fwd(
             data, offsets, sides, sides, params, [size, size], bicubic,
             max(3, (size // 10) | 1), [0.5] * 3, [0.2] * 3, dtype,
@@ -256,9 +263,10 @@ def view_case(size: int, bicubic: bool, image: int, counted: int, quick: bool = 
         return [Pass("forward", kernels, fewest, floor=FLOOR)]
 
     full = view_table(num_slots, batch, image)
+    filter_name = "bicubic" if bicubic else "bilinear"
     return Case(
         "patch_views",
-        f"{size}x{size} {'bicubic' if bicubic else 'bilinear'} of {image}x{image}, P=20 B=256",
+        f"{size}x{size} {filter_name} of {image}x{image}, P={num_slots} B={batch}",
         lambda make, dtype: run(make, dtype, num_slots, batch),
         lambda dtype: describe(full, dtype),
         f"{counted} of the patches",
