@@ -9,8 +9,8 @@ which the interpreter can run.
 The exit status depends on these limits: no spills to memory (on gfx942 scalar registers spill into
 lanes of vector registers: shown as "+n"); no more shared memory than the target has; matrix
 instructions in every kernel with a dot; at most 1.15 times the minimum of bytes for patch_views,
-bag_pool, the passes around linear_bn_relu's products and vicreg's statistics. Bytes of a scratch
-buffer that fits the second-level cache (of views above 64 pixels) are counted separately.
+bag_pool, LARS, the passes around linear_bn_relu's products and vicreg's statistics. Bytes of a
+scratch buffer that fits the second-level cache (of views above 64 pixels) are counted separately.
 
 `h100_us` is an ESTIMATE, not a measurement: the larger of bytes / 3.35 TB/s and FLOPs over the
 tensor cores' peak (989 TFLOP/s in 16 bits, 165 in float32 as three TF32 products; 67 without a

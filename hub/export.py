@@ -29,7 +29,8 @@ VERSION = 1  # of the interface, as in build.toml
 BACKENDS = ("cuda", "rocm")
 
 _OP = re.compile(r'"bagssl_triton::(\w+)"')
-_FIRST_AFTER_OPS = re.compile(r"^from \._(patch_ops|tuning) import", re.M)
+# The next import in their order, or the blank line before the first operator.
+_FIRST_AFTER_OPS = re.compile(r"^(?=from \._(?:patch_ops|tuning) import|\n_\w+ = )", re.M)
 _HOW_TO_FIX = 'impl="reference"'
 _OPS_PY = '''"""The namespace of this build's operators; written by hub/export.py."""
 

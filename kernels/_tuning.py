@@ -51,6 +51,21 @@ def column_strip(rows: int, cols: int, programs: int) -> Strip:
     return Strip(strip_rows, strip_cols, num_warps=max(strip_rows * strip_cols // 512, 1))
 
 
+def sum_strip(rows: int, cols: int, programs: int) -> Strip:
+    """Strip for sums over rows that each element of a tile adds up down `repeat` tiles.
+
+    The reduction at the end (two shuffles per lane and row of warps) and the floats that a program
+    leaves behind are then those of up to 512 rows; fewer where that leaves processors idle.
+    16 values per thread: two sums of each, and loads of 16 bytes.
+    """
+    strip_cols = 64 if cols > 32 else 32
+    strip_rows = 2048 // strip_cols
+    repeat = 512 // strip_rows
+    while repeat > 1 and -(-rows // (strip_rows * repeat)) * -(-cols // strip_cols) < 2 * programs:
+        repeat //= 2
+    return Strip(strip_rows, strip_cols, num_warps=4, repeat=repeat)
+
+
 def gram_tile(is_float32: bool) -> Tile:
     """Tile of a symmetric Gram. Square, so that (i, j) serves (j, i); 64 since Grams are small.
 

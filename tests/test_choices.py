@@ -94,7 +94,8 @@ class TestCompile:
     def test_long_runs_of_other_encoders_are_compiled(self):
         assert chosen(TIMM).compile
         assert not chosen(TIMM, steps=LONG - 1).compile
-        assert not chosen(replace(TIMM, cuda_graph=True)).compile
+        # A graph saves launches, compiled code passes over memory: one does not replace the other.
+        assert chosen(replace(TIMM, cuda_graph=True)).compile
 
     @pytest.mark.parametrize("name", ["patchnet", "resnet18"])
     def test_fused_encoders_are_not_on_a_cpu(self, name):

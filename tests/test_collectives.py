@@ -17,6 +17,6 @@ def test_a_backward_does_not_change_the_gradient_of_its_caller(monkeypatch, func
     monkeypatch.setattr(dist, "get_rank", lambda group: 1)
     grad = torch.arange(8.0).reshape(4, 2)
     before = grad.clone()
-    result = function.backward(SimpleNamespace(dim=0, group=None), grad)[0]
+    result = function.backward(SimpleNamespace(dim=0, group=None, alike=False), grad)[0]
     assert grad.equal(before)
     assert result.equal(2 * before[2:] if function is collectives._Gather else 2 * before)

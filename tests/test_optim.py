@@ -9,6 +9,7 @@ from torch import nn
 
 from bagssl_fast.config import OptimConfig
 from bagssl_fast.training.optim import LARS, WeightAverage, build_optimizer, learning_rate
+from bagssl_fast.training.step import tune_device
 
 
 def gradients(shape, steps, seed=0):
@@ -135,3 +136,41 @@ def test_weight_average():
     torch.testing.assert_close(average.weights["0.weight"], start + 0.25)
     assert average.weights["1.running_mean"].equal(model[1].running_mean)
     assert int(average.weights["1.num_batches_tracked"]) == 1
+
+
+def test_weight_average_of_several_types():
+    """Each type of number is copied by itself: one copy of all would cast or take the slow way."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2).double())
+    average = WeightAverage(model, 0.5)
+    with torch.no_grad():
+        for i, buffer in enumerate(model.buffers()):
+            buffer.fill_(i + 2)
+    average.update(model)
+    for name, buffer in model.named_buffers():
+        assert average.weights[name].dtype == buffer.dtype and average.weights[name].equal(buffer)
+
+
+def test_cudnn_looks_for_the_fastest_algorithms_on_cuda_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    tune_device(torch.device("cpu"))
+    assert not torch.backends.cudnn.benchmark
+    tune_device(torch.device("cuda"))
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["vicreg", "emp"])
+def test_lars_on_a_gpu_is_that_of_a_cpu(form):
+    shapes = [(512, 512, 3, 3), (64, 3, 7, 7), (8192, 2048), (1000, 7)]
+    results = []
+    for device in ("cpu", "cuda"):
+        weights = [nn.Parameter(gradients(s, 1)[0].to(device)) for s in shapes]
+        weights[0].data = weights[0].data.to(memory_format=torch.channels_last)
+        optimizer = LARS(weights, lr=0.3, weight_decay=1e-4, eta=0.02, form=form)
+        for step in range(3):
+            for w, s in zip(weights, shapes, strict=True):
+                w.grad = torch.empty_like(w).copy_(gradients(s, 1, seed=step + 1)[0])
+            optimizer.step()
+        results.append([w.detach().cpu() for w in weights])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)

@@ -29,7 +29,7 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         x = input if input.dtype == torch.float64 else input.float()
         dims = [d for d in range(x.dim()) if d != 1]
-        count = x.new_tensor([float(x.numel() // x.shape[1])])
+        count = x.new_full((1,), float(x.numel() // x.shape[1]))  # filled on the device itself
         total = all_reduce_sum(torch.cat([x.sum(dims), count]), self.group)
         n = total[-1].detach()
         shape = [1, -1] + [1] * (x.dim() - 2)

@@ -1,8 +1,9 @@
 """Losses over bags, as modules: `loss, terms = VICReg()(z)` with z [P, B, D].
 
 `terms` are detached, unweighted scalars under the names that the metrics show; a loss subtracts
-those that should grow. All arithmetic is float32 (float64 if z
-is), also under autocast. With a `group`, every rank returns the loss of the global batch; the
+those that should grow. z may have the encoder's precision: all sums are float32 (float64 if z is),
+also under autocast, and so are products but those of the Triton kernels, which take z's own
+numbers. With a `group`, every rank returns the loss of the global batch; the
 gradient convention is that of `distributed/collectives.py`: DDP's averaging makes it the gradient
 of one device.
 """

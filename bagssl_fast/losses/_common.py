@@ -13,6 +13,7 @@ def detached(**terms: Tensor) -> dict[str, Tensor]:
 
 
 def full(z: Tensor) -> Tensor:
+    """z in the precision that losses sum in: float32, or float64 if z is."""
     return z if z.dtype == torch.float64 else z.float()
 
 

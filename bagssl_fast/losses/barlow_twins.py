@@ -32,7 +32,7 @@ class BarlowTwins(nn.Module):
     def forward(self, z: Tensor) -> LossOutput:
         check_slots("BarlowTwins", z)
         with torch.autocast(z.device.type, enabled=False):
-            z = gather(full(z), 1, self.group)
+            z = full(gather(z, 1, self.group, alike=True))
             num_slots = len(z)
             check_images("BarlowTwins", z)
             var, mean = torch.var_mean(z, dim=1, correction=0, keepdim=True)

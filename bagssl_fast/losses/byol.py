@@ -37,6 +37,6 @@ class BYOL(nn.Module):
             prediction, target = F.normalize(prediction, dim=2), F.normalize(target.detach(), dim=2)
             pairs = (prediction.sum(dim=0) * target.sum(dim=0)).sum() - (prediction * target).sum()
             agreement = pairs / (num_slots * (num_slots - 1) * max(batch, 1))
-            agreement = all_reduce_mean(agreement, self.group)
+            agreement = all_reduce_mean(agreement, self.group, alike=True)
             loss = 2 - 2 * agreement
         return loss, detached(agreement=agreement)

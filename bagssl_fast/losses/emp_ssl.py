@@ -7,7 +7,7 @@ from torch.distributed import ProcessGroup
 
 from bagssl_fast import ops
 from bagssl_fast.distributed.collectives import all_reduce_mean
-from bagssl_fast.losses._common import LossOutput, check_slots, detached
+from bagssl_fast.losses._common import LossOutput, check_slots, detached, full
 
 
 class EMPSSL(nn.Module):
@@ -32,9 +32,12 @@ class EMPSSL(nn.Module):
 
     def forward(self, z: Tensor) -> LossOutput:
         check_slots("EMPSSL", z)
+        # Two ops read z and pull opposite ways: in bfloat16 each gradient would be rounded before
+        # they are added. A head that normalizes gives float32 in any case.
+        z = full(z)
         pooled = ops.bag_pool(z, cosine=True, impl=self.impl)
         assert pooled.cosine is not None
-        bag_cosine = all_reduce_mean(pooled.cosine.mean(), self.group)
+        bag_cosine = all_reduce_mean(pooled.cosine.mean(), self.group, alike=True)
         coding_rate = ops.tcr(z, eps=self.eps, group=self.group, impl=self.impl).mean()
         loss = -self.patch_sim * bag_cosine - self.tcr * coding_rate
         return loss, detached(bag_cosine=bag_cosine, coding_rate=coding_rate)

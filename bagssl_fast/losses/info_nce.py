@@ -34,7 +34,7 @@ class InfoNCE(nn.Module):
     def forward(self, z: Tensor) -> LossOutput:
         check_slots("InfoNCE", z)
         with torch.autocast(z.device.type, enabled=False):
-            z = gather(full(z), 1, self.group)
+            z = full(gather(z, 1, self.group, alike=True))
             num_slots, batch, _ = z.shape
             check_images("InfoNCE", z)
             z = F.normalize(z, dim=2)

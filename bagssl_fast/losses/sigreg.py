@@ -66,9 +66,10 @@ class SIGReg(nn.Module):
         check_images("SIGReg", z)
         with torch.autocast(z.device.type, enabled=False):
             z = full(z)
-            invariance = all_reduce_mean((z - z.mean(dim=0)).square().mean(), self.group)
+            invariance = (z - z.mean(dim=0)).square().mean()
+            invariance = all_reduce_mean(invariance, self.group, alike=True)
             ecf = _sketch.characteristic(z @ self.directions(z), self.dt, self.points)
-            ecf = all_reduce_mean(ecf, self.group)
+            ecf = all_reduce_mean(ecf, self.group, alike=True)
             samples = z.shape[1] * (1 if self.group is None else self.group.size())
             sigreg = _sketch.gaussian_distance(ecf, self.dt, samples).mean()
             loss = (1 - self.lambda_sigreg) * invariance + self.lambda_sigreg * sigreg

@@ -31,7 +31,7 @@ class Spectral(nn.Module):
     def forward(self, z: Tensor) -> LossOutput:
         check_slots("Spectral", z)
         with torch.autocast(z.device.type, enabled=False):
-            z = gather(full(z), 1, self.group)
+            z = full(gather(z, 1, self.group, alike=True))
             num_slots, batch, _ = z.shape
             check_images("Spectral", z)
             same_image = z.square().sum()  # of a patch with itself

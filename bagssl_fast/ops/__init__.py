@@ -18,7 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from bagssl_fast.distributed.collectives import all_reduce_mean, all_reduce_sum, gather
+from bagssl_fast.distributed.collectives import (
+    all_reduce_mean,
+    all_reduce_sum,
+    gather,
+    slots_to_ranks,
+    values_of_slots,
+)
 from bagssl_fast.ops.deferred import Deferred as Deferred
 from bagssl_fast.ops.deferred import Normalized as Normalized
 from bagssl_fast.ops.deferred import applied as applied
@@ -440,7 +446,7 @@ def vicreg(
     _check_batch(op, z, total)
     if group is None or total < dim:
         run = _implementation(op, impl, z)
-        terms = run(gather(z, 1, group), gamma=gamma, eps=eps)
+        terms = run(gather(z, 1, group, alike=True), gamma=gamma, eps=eps)
     else:
         terms = _vicreg_by_moments(z, total, gamma, eps, group)
     scales = (dim if scale == "D" else float(scale) for scale in CONVENTIONS[convention])
@@ -460,7 +466,8 @@ def tcr(
     Args:
         z: [P, B, D]; EMP-SSL's rows have norm 1.
         eps: distortion, positive.
-        group: ranks that together hold the batch; the value is that of the global batch.
+        group: ranks that together hold the batch; the value is that of the global batch. The slots
+            are shared among the ranks.
         impl: "reference", "cpu" or "cuda"; by default what `table()` shows for the device.
 
     Returns:
@@ -478,7 +485,12 @@ def tcr(
     if eps <= 0:
         raise ValueError(f"{op}: eps is {eps}, expected > 0")
     run = _implementation(op, impl, z)
-    return run(gather(z, 1, group), eps=eps)
+    if group is None:
+        return cast(Tensor, run(z, eps=eps))
+    own = slots_to_ranks(z, group)
+    # A rank without a slot has no rates, but takes part in the way back.
+    rates = run(own, eps=eps) if len(own) else own.sum(dim=(1, 2), dtype=_sums(z))
+    return values_of_slots(rates, len(z), group)
 
 
 def bag_pool(
@@ -645,6 +657,10 @@ def _check_batch(op: str, z: Tensor, total: int) -> None:
 # ------------------------------------------------------------------------------------- many ranks
 
 
+def _sums(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
 def _vicreg_by_moments(
     z: Tensor, total: int, gamma: float, eps: float, group: ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -654,10 +670,12 @@ def _vicreg_by_moments(
     """
     num_slots, _, dim = z.shape
     with torch.autocast(z.device.type, enabled=False):
-        z = z if z.dtype == torch.float64 else z.float()
-        invariance = all_reduce_mean(2 * z.var(dim=0).mean(), group)
-        zc = z - all_reduce_sum(z.sum(dim=1, keepdim=True), group) / total
-        gram = all_reduce_sum(zc.mT @ zc, group)  # [P, D, D]
+        z = z.to(_sums(z))
+        invariance = all_reduce_mean(2 * z.var(dim=0).mean(), group, alike=True)
+        with torch.no_grad():  # the moments about the mean do not change with it
+            mean = all_reduce_sum(z.sum(dim=1, keepdim=True), group) / total
+        zc = z - mean
+        gram = all_reduce_sum(zc.mT @ zc, group, alike=True)  # [P, D, D]
         squares = gram.diagonal(dim1=1, dim2=2)  # [P, D]
         variance = torch.relu(gamma - torch.sqrt(squares / (total - 1) + eps)).mean()
         off_diagonal = (gram - torch.diag_embed(squares)).square().sum()

@@ -197,8 +197,6 @@ def _precision(
 def _compile(config: Config, device: str, precision: str, steps: int) -> tuple[bool, str]:
     if steps < LONG:
         return False, f"{steps} steps do not earn back the compilation, {LONG} do"
-    if config.cuda_graph:
-        return False, "--cuda_graph saves the launches already"
     fused = config.encoder.name in FUSED and ops.cell("conv_bn_relu", device) == "cpu"
     if fused and precision != "fp16":  # in which the reference runs, in torch's own ops
         return False, f"{config.encoder.name} runs on fused ops, which stay as they are"

@@ -69,9 +69,9 @@ def train(run: Run) -> None:
 
 def steps(run: Run, guard: Guard, reporter: Reporter, stop: StopSignals) -> None:
     """The remaining steps; as `train`, with nothing saved yet when a step was not finite."""
-    config, device = run.config, run.ranks.device
+    config = run.config
     # Looking at a number makes a GPU wait: there the loss is looked at every few steps only.
-    check_every = 1 if device.type == "cpu" else min(config.log_every, 20)
+    check_every = 1 if guard.on_host else min(config.log_every, 20)
     save_every = math.ceil(config.checkpoint_every * run.steps_per_epoch)
     meter, watch = Meter(run), CollapseWatch(run)
     compute: Callable[[Tensor], Computed] = partial(step, run)

@@ -6,8 +6,10 @@ papers' code. The learning rate is a pure function of the step: a resumed run ne
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -98,8 +100,27 @@ def lars_update(
     if weights[0].is_cpu:
         for p, grad, buffer in zip(weights, grads, buffers, strict=True):
             _update_in_cache(group, form, p, grad, buffer)
-    else:
+    elif not _update_at_once(group, form, weights, grads, buffers):
         _update_foreach(group, form, weights, grads, buffers)
+
+
+def _update_at_once(
+    group: Mapping[str, Any],
+    form: str,
+    weights: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+) -> bool:
+    """By the kernel, in three launches; False where there is no Triton or it does not serve."""
+    if find_spec("triton") is None:
+        return False
+    lars = importlib.import_module("bagssl_fast.kernels._lars")  # which needs Triton
+    if not lars.serves(weights, grads, buffers):
+        return False
+    names = ("lr", "momentum", "weight_decay", "eta", "adapt")
+    options = {name: group[name] for name in names}
+    lars.lars(weights, grads, buffers, **options, emp=form == "emp")
+    return True
 
 
 def _update_foreach(
@@ -242,14 +263,18 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes in the weights after one step."""
+        """Takes in the weights after one step: on a GPU a launch for each type of number."""
         values = model.state_dict()
-        learned = sorted(self.learned)
+        learned, others = list[str](), dict[torch.dtype, list[str]]()
+        for name, value in values.items():
+            (learned if name in self.learned else others.setdefault(value.dtype, [])).append(name)
         move_average(
             [self.weights[name] for name in learned], [values[name] for name in learned], self.decay
         )
-        for name in values.keys() - self.learned:
-            self.weights[name].copy_(values[name])
+        for names in others.values():
+            torch._foreach_copy_(
+                [self.weights[name] for name in names], [values[name] for name in names]
+            )
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:

@@ -42,7 +42,7 @@ from bagssl_fast.training.choices import (
 )
 from bagssl_fast.training.directory import RunDirectory, claim_run_dir, make_fresh
 from bagssl_fast.training.optim import WeightAverage, build_optimizer, learning_rate
-from bagssl_fast.training.step import PRECISIONS
+from bagssl_fast.training.step import PRECISIONS, tune_device
 
 
 @dataclass
@@ -94,6 +94,7 @@ def prepare(config: Config, me: Ranks) -> Run:
         1, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     )
     torch.set_num_threads(threads)
+    tune_device(me.device)
     ops.set_impl(None if config.impl == "auto" else config.impl)
     if config.batch_size % me.world_size:
         raise ValueError(

@@ -13,13 +13,20 @@ from torch import Tensor, nn
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def tune_device(device: torch.device) -> None:
+    """Settings of the device that training wants."""
+    if device.type == "cuda":
+        # A run has one shape: each convolution's fastest algorithm is looked for once.
+        torch.backends.cudnn.benchmark = True
+
+
 def objective(
     forward: nn.Module, loss: nn.Module, patches: Tensor, precision: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
     """The loss of a batch, its terms, and h and z: patches `[P, B, C, h, w]`."""
     with torch.autocast(patches.device.type, precision, precision != torch.float32):
         h, z = forward(patches)
-    value, terms = loss(z.float())
+    value, terms = loss(z)  # as autocast made it: the losses sum in float32 themselves
     return value, terms, h, z
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from bagssl_fast.kernels import _lars as lars
 from bagssl_fast.kernels import bag_pool, patch_embed, patch_views, tcr, vicreg
 from bagssl_fast.kernels import linear_bn_relu as block
 
@@ -183,6 +184,26 @@ def embed_case(
     return Case("patch_embed", label, launch, passes, quick=quick)
 
 
+def lars_case(emp: bool, *sizes: int, quick: bool = False) -> Case:
+    """One step of a group; float32 whatever the dtype."""
+    total = sum(sizes)
+
+    def launch(make: Make, dtype: torch.dtype) -> None:
+        triple = [[make(size) for size in sizes] for _ in range(3)]
+        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "eta": 0.001}
+        lars.lars(*triple, **options, adapt=True, emp=emp)
+
+    def passes(dtype: torch.dtype) -> list[Pass]:
+        norms = ("_lars_norms_kernel", "_lars_ratio_kernel")
+        return [
+            Pass("norms", norms, 8 * total, 6 * total, FLOOR),
+            Pass("update", ("_lars_update_kernel",), 20 * total, 6 * total, FLOOR),
+        ]
+
+    label = f"{'EMP-SSL' if emp else 'VICReg'}, {len(sizes)} tensors, {total / 1e6:.1f} M"
+    return Case("lars", label, launch, passes, quick=quick)
+
+
 def view_table(num_slots: int, batch: int, image: int) -> torch.Tensor:
     """Crops of a quarter of the image on average, every augmentation at its usual probability."""
     generator = torch.Generator().manual_seed(0)
@@ -207,8 +228,15 @@ def view_table(num_slots: int, batch: int, image: int) -> torch.Tensor:
     return params
 
 
-def view_case(size: int, bicubic: bool, image: int, counted: int, quick: bool = False) -> Case:
-    num_slots, batch = 20, 256
+def view_case(
+    size: int,
+    bicubic: bool,
+    image: int,
+    counted: int,
+    quick: bool = False,
+    num_slots: int = 20,
+    batch: int = 256,
+) -> Case:
     kernels = ("_small_views_kernel", "_large_views_kernel")
     table = view_table(1, counted, image)
 
@@ -217,10 +245,10 @@ def view_case(size: int, bicubic: bool, image: int, counted: int, quick: bool = 
         offsets = make(images, dtype=torch.int64)
         sides = make(images, dtype=torch.int32)
         params = make(slots, images, 16)
-        if data.device.type == "cpu":
+        if data.device.type != "meta":
             offsets.copy_(torch.arange(images) * image * image * 3)
             sides.fill_(image)
-            params.copy_(table)
+            params.copy_(view_table(slots, images, image))
         patch_views.patch_views_fwd(
             data, offsets, sides, sides, params, [size, size], bicubic,
             max(3, (size // 10) | 1), [0.5] * 3, [0.2] * 3, dtype,
@@ -235,9 +263,10 @@ def view_case(size: int, bicubic: bool, image: int, counted: int, quick: bool = 
         return [Pass("forward", kernels, fewest, floor=FLOOR)]
 
     full = view_table(num_slots, batch, image)
+    filter_name = "bicubic" if bicubic else "bilinear"
     return Case(
         "patch_views",
-        f"{size}x{size} {'bicubic' if bicubic else 'bilinear'} of {image}x{image}, P=20 B=256",
+        f"{size}x{size} {filter_name} of {image}x{image}, P={num_slots} B={batch}",
         lambda make, dtype: run(make, dtype, num_slots, batch),
         lambda dtype: describe(full, dtype),
         f"{counted} of the patches",
@@ -260,6 +289,8 @@ CASES: list[Case] = [
     block_case(4096, 8192),
     block_case(2000, 4096, quick=True),
     block_case(51200, 512),
+    lars_case(False, 2048 * 2048, 512 * 512 * 9, 64 * 64 * 9, quick=True),
+    lars_case(True, 4096 * 4096, 4096 * 512, 512 * 512 * 9),
     embed_case(64, 32, 256, 16, 256),
     embed_case(256, 224, 20, 32, 512),
     view_case(32, False, 64, 6, quick=True),

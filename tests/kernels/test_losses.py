@@ -88,6 +88,12 @@ def test_matches_the_float64_reference(name, shape, dtype):
 
 
 @pytest.mark.parametrize("name", OPS)
+def test_values_that_autocast_rounded(name):
+    """What bfloat16 projections hold: ties, equal columns, 8 bits; its own path needs a GPU."""
+    check(name, normal(3, 9, 17, std=0.1).bfloat16().float())
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_layouts_that_are_not_contiguous(name):
     check(name, normal(9, 7, 3).float().permute(2, 1, 0))
     check(name, normal(4, 14, 10).float()[::2, ::2, 1::2])

@@ -56,7 +56,7 @@ def batch_statistics(
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [M] of `h` [N, M] over all ranks; moves the running statistics."""
-    count = torch.tensor(float(h.shape[0]), dtype=h.dtype, device=h.device)
+    count = h.new_full((), float(h.shape[0]))  # a tensor from here would wait for the device
     if group is None:
         mean = h.mean(dim=0)
         var = (h - mean).square().mean(dim=0)
