@@ -247,6 +247,11 @@ def seconds_to(target: float, curve: list[Point], probe: int) -> float:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__, data=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="of all systems, under torch.autocast (default: bf16 on CUDA)",
+    )
     parser.add_argument("--short", action="store_true", help="one seed of three systems")
     parser.add_argument(
         "--systems",
@@ -271,6 +276,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "cifar10-test.tar with `bagssl pack FOLDER:test cifar10-test.tar`, and name the "
             "folder of the two by --data or BAGSSL_DATA"
         )
+    o.precision = o.precision or ("bf16" if o.device == "cuda" else "fp32")
     chosen: dict[str, Any] = QUICK if o.quick else SHORT if o.short else FULL
     for name, value in chosen.items():
         if getattr(o, name) is None:
@@ -294,7 +300,9 @@ def trainings(o: argparse.Namespace, folder: Path) -> Iterator[Trainings]:
     for seed in range(o.seeds):
         weights = [p.detach() for p in our_model(case, seed=seed).parameters()]
         first = None
-        setup = Setup(case, images, weights, steps, o.device, o.threads, seed=seed)
+        setup = Setup(
+            case, images, weights, steps, o.device, o.threads, seed=seed, precision=o.precision
+        )
         for name in o.systems:
             # Every compilation is a first one.
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"compiled-{name}-{seed}")
@@ -310,13 +318,14 @@ def trainings(o: argparse.Namespace, folder: Path) -> Iterator[Trainings]:
             yield done
 
 
-def record(report: Report, done: Trainings) -> None:
+def record(report: Report, done: Trainings, precision: str = "fp32") -> None:
     """Rows: seconds of compilation and to each target, accuracies; a sample per seed."""
     report.rows.clear()
     for name, runs in done.items():
         if not runs:
             continue
-        add = partial(report.add, "cifar-tcr, 8 patches", name)
+        case = "cifar-tcr, 8 patches" + (", bf16" if precision == "bf16" else "")
+        add = partial(report.add, case, name)
         add("compilation", [run.compilation for run in runs], "s")
         for i, probe in enumerate(PROBES, start=1):
             for target in TARGETS[probe]:
@@ -361,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report("time_to_accuracy", o.threads)
     with tempfile.TemporaryDirectory(prefix="time_to_accuracy_") as work:
         for done in trainings(o, Path(work)):
-            record(report, done)
+            record(report, done, o.precision)
             report.write(o.json, o.csv)
             if o.plot:
                 draw(done, report.machine, o.plot)
