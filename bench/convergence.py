@@ -3,10 +3,10 @@
 Trains PatchNet for 200 steps three times for each loss, from the same weights on the same bags
 (dense ones by default): with the reference of every op, with the implementation for this device,
 and, as a control, with the reference on one thread, whose sums are rounded differently. Training
-amplifies rounding: no implementation can be expected to be closer to the reference than the control is. The
-exit code is 1 if the fused curve, a mean over 10 steps, is farther from the reference's than three
-times the control's largest distance, or 1% of the loss's range, whichever is more; or if the first
-loss differs by more than 1e-5, in bf16 1e-3.
+amplifies rounding: no implementation can be expected to be closer to the reference than the
+control is. The exit code is 1 if the fused curve, a mean over 10 steps, is farther from the
+reference's than three times the control's largest distance, or 1% of the loss's range, whichever
+is more; or if the first loss differs by more than 1e-5, in bf16 1e-3.
 """
 
 from __future__ import annotations
