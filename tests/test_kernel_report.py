@@ -27,7 +27,7 @@ def test_committed_report_is_complete_and_holds_its_floors():
     report = json.loads(COMMITTED.read_text())
     kernels, traffic = report["kernels"], report["traffic"]
     assert report["missed"] == []
-    ops = {"patch_views", "patch_embed", "linear_bn_relu", "vicreg", "tcr", "bag_pool"}
+    ops = {"patch_views", "patch_embed", "linear_bn_relu", "vicreg", "tcr", "bag_pool", "lars"}
     for op in ops:
         found = {(row["target"], row["dtype"]) for row in kernels if row["op"] == op}
         assert len(found) == 4 * 3, f"{op}: {sorted(found)}"
