@@ -68,7 +68,7 @@ loader_tests=(
   tests/test_function_source.py
 )
 op_tests=(
-  tests/test_add_relu.py tests/test_bag_pool.py tests/test_conv_bn_relu.py
+  tests/test_add_relu.py tests/test_bag_pool.py tests/test_conv_bf16.py tests/test_conv_bn_relu.py
   tests/test_patch_embed.py tests/test_patch_views.py tests/test_relu_mean.py
   tests/test_winograd.py
 )

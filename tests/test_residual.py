@@ -162,7 +162,7 @@ def test_frozen_statistics_shared_ones_and_replaced_layers():
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=key)
 
 
-def test_autocast_and_other_devices_dtypes_run_torchs_layers():
+def test_autocast_and_other_dtypes():
     net, x = build("torchvision 18, small stem"), pictures()
     fused = fuse(copy.deepcopy(net))
     with torch.autocast("cpu"):
