@@ -176,9 +176,16 @@ CASES = [
 
 
 def in_bf16(case: OpCase) -> OpCase:
-    """The same under autocast; the floors are float32's. Products have another peak there."""
+    """The same under autocast. Products have another peak there; ResNet-18's floor is lower."""
+    floors = {LAYERS: 1.15} if case.id == "ResNet-18, 64 patches" else case.floors
     return replace(
-        case, id=case.id + BF16, flops=0.0, bytes=case.bytes / 2, tolerance=2e-2, quick=False
+        case,
+        id=case.id + BF16,
+        floors=floors,
+        flops=0.0,
+        bytes=case.bytes / 2,
+        tolerance=2e-2,
+        quick=False,
     )
 
 
