@@ -98,14 +98,15 @@ struct Tiles {
   Tiles() {}  // not trivial: a variable of it is no unused one
 };
 
+BAGSSL_INLINE Floats first_of(Bits pairs) { return reinterpret_cast<Floats>(pairs << 16); }
+BAGSSL_INLINE Floats second_of(Bits pairs) { return reinterpret_cast<Floats>(pairs & 0xffff0000u); }
+
 /// sums + the products of the two pairs of each lane.
 BAGSSL_INLINE Floats add_pairs(Floats sums, Bits x, Bits y) {
 #if defined(BAGSSL_AVX512_BF16)
   return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
 #else
-  const auto second = [](Bits z) { return reinterpret_cast<Floats>(z & 0xffff0000u); };
-  const auto first = [](Bits z) { return reinterpret_cast<Floats>(z << 16); };
-  return multiply_add(first(x), first(y), multiply_add(second(x), second(y), sums));
+  return multiply_add(first_of(x), first_of(y), multiply_add(second_of(x), second_of(y), sums));
 #endif
 }
 
