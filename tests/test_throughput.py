@@ -142,6 +142,23 @@ def test_parity_sees_the_gradient_too(setup: Setup) -> None:
     assert not bad.green and bad.loss < 1e-4 and bad.gradient == pytest.approx(1)
 
 
+def test_bfloat16_is_checked_in_float32_first(setup: Setup) -> None:
+    """What bfloat16 may be off hides a formula that is nearly right: a tenth of the gradient."""
+
+    class NearlyRight(EMPSSL):
+        def loss(self, z: torch.Tensor) -> torch.Tensor:
+            loss = super().loss(z)
+            return loss.detach() + 0.9 * (loss - loss.detach())
+
+    half = dataclasses.replace(setup, precision="bf16")
+    good, bad = EMPSSL(half), NearlyRight(half)
+    parity, other = check(good), check(bad)
+    assert parity.green and parity.gradient > 1e-3 and good.setup.precision == "bf16"
+    assert not other.green and other.gradient == pytest.approx(0.1, abs=0.01)
+    options = throughput.parse(["--precision", "bf16"])
+    assert options.cases == [*throughput.TRAINING]  # evaluation is timed in float32 alone
+
+
 @pytest.mark.parametrize("name", ["torch_kornia", "torch_kornia_compile"])
 def test_plain_pytorch_with_kornia_does_the_same_work(setup: Setup, aot: None, name: str) -> None:
     pytest.importorskip("kornia")
