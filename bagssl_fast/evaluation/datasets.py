@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def open_data(config: Config, trained_on: str | None) -> Data:
     Raises:
         ValueError, OSError: If they cannot be opened, or their classes differ.
     """
-    options = {"on_error": config.loader.on_error, "labels": config.labels}
+    options: dict[str, Any] = {"on_error": config.loader.on_error, "labels": config.labels}
     train = open_source(config.data, **options)
     limit, test_limit = config.eval.max_train_images, config.eval.max_test_images
     found = config.test_data or find_test_data(config.data)
