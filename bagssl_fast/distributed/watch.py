@@ -131,7 +131,9 @@ class Watch:
 
     def _say(self, store: dist.Store, text: str) -> None:
         with self.saying:
-            if not self.said.endswith(text):  # another process may have met the same before
+            # All may meet the same error, each before or after the others have told theirs.
+            known = self.said and (self.said.endswith(text) or text.endswith(self.said))
+            if not known:
                 os.write(2, f"error: {text}\n".encode())
             self.said = text
             with contextlib.suppress(dist.DistError):
