@@ -3,22 +3,6 @@
 
 #include "bfloat16_body.h"
 
-#define BAGSSL_UNROLL _Pragma("GCC unroll 16")
-
-BAGSSL_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/// max(x, 0), of NaN NaN.
-BAGSSL_INLINE Floats positive(Floats x) {
-#if defined(BAGSSL_AVX512)
-  return _mm512_max_ps(Floats{}, x);
-#elif defined(BAGSSL_AVX2)
-  return _mm256_max_ps(Floats{}, x);
-#else
-  const Floats zero = {};
-  return x < zero ? zero : x;
-#endif
-}
-
 /// Two vectors beside each other.
 BAGSSL_INLINE void write_both(BFloat16* to, Floats first, Floats second) {
 #if defined(BAGSSL_AVX512_BF16)

@@ -1,8 +1,6 @@
 // Matrix products in tiles that stay in registers: a broadcast of one operand times vectors of the
 // other's panels. Part of the bodies of conv_bn_relu and winograd; see simd_levels.h.
 
-#define BAGSSL_UNROLL _Pragma("GCC unroll 16")
-
 #if defined(BAGSSL_AVX512)
 constexpr int kTileRows = 12, kFewRows = 4, kTileColumns = 8;
 #elif defined(BAGSSL_AVX2)
@@ -13,20 +11,6 @@ constexpr int kTileRows = 4, kFewRows = 2, kTileColumns = 4;
 constexpr int kVectors = 2;
 constexpr int kPanel = kVectors * kLanes;
 static_assert(kTileRows <= kMostTileRows && kLanes <= kMostLanes, "");
-
-BAGSSL_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/// max(x, 0), of NaN NaN.
-BAGSSL_INLINE Floats positive(Floats x) {
-#if defined(BAGSSL_AVX512)
-  return _mm512_max_ps(Floats{}, x);
-#elif defined(BAGSSL_AVX2)
-  return _mm256_max_ps(Floats{}, x);
-#else
-  const Floats zero = {};
-  return x < zero ? zero : x;
-#endif
-}
 
 /// The lines that a product of so many steps fetches, `step` bytes apart: none if step is 0.
 struct Lines {

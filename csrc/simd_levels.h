@@ -34,6 +34,7 @@
 #endif
 
 #define BAGSSL_INLINE inline __attribute__((always_inline))
+#define BAGSSL_UNROLL _Pragma("GCC unroll 16")
 #define BAGSSL_PICK(...)                                                                 \
   ::bagssl::pick_level(&baseline::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__, \
                        &avx512_bf16::__VA_ARGS__, &amx::__VA_ARGS__)
